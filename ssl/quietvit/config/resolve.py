@@ -1,0 +1,122 @@
+"""From what a recipe says (shares of the run, lr per 1024 images, passes) to what a run does. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from quietvit.config.load import ConfigError
+from quietvit.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run in absolute numbers."""
+
+    steps: int
+    batch_size: int
+    passes: float  # over the data
+    lr: float
+    lr_warmup_steps: int
+    freeze_steps: int
+    temp_warmup_steps: int
+    image_size: int
+    grid: tuple[int, int]  # patches of a global crop
+
+
+def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
+    """Peak learning rate at this batch: lr * sqrt(b / 1024) (DINOv2) or lr * b / 256 (DINO).
+
+    Raises ConfigError for another rule.
+    """
+    if rule == "sqrt_wrt_1024":
+        return lr * math.sqrt(batch_size / 1024)
+    if rule == "linear_wrt_256":
+        return lr * batch_size / 256
+    if rule == "none":
+        return lr
+    raise ConfigError(f"optim.scaling={rule!r}: choose sqrt_wrt_1024, linear_wrt_256 or none")
+
+
+def check_sizes(config: RunConfig, *, stride: int) -> None:
+    """Raises ConfigError when a crop is not a multiple of the patch, naming the nearest good sizes."""
+    sizes = {"crops.global_size": config.crops.global_size}
+    if config.crops.num_local:
+        sizes["crops.local_size"] = config.crops.local_size
+    if config.model.image_size is not None:
+        sizes["model.image_size"] = config.model.image_size
+    if config.health.size is not None:
+        sizes["health.size"] = config.health.size
+    for name, side in sizes.items():
+        if side < stride or side % stride:
+            below, above = side // stride * stride, -(-side // stride) * stride
+            good = " or ".join(str(s) for s in sorted({below, above}) if s >= stride) or str(stride)
+            raise ConfigError(f"{name}={side} is not a multiple of the patch ({stride} px): use {good}")
+
+
+def check_values(config: RunConfig) -> None:
+    """Raises ConfigError for values that no run can have."""
+    choices = {
+        "train.precision": (config.train.precision, ("auto", "fp32", "bf16")),
+        "objective.centering": (config.objective.centering, ("sinkhorn_knopp", "softmax")),
+        "crops.blur": (config.crops.blur, ("reference_as_run", "paper", "none")),
+    }
+    for name, (value, good) in choices.items():
+        if value not in good:
+            raise ConfigError(f"{name}={value!r}: choose {', '.join(good)}")
+    shares = {
+        "optim.warmup": config.optim.warmup,
+        "optim.freeze_last_layer": config.optim.freeze_last_layer,
+        "teacher.temp_warmup": config.teacher.temp_warmup,
+        "masks.probability": config.masks.probability,
+        "data.max_bad_share": config.data.max_bad_share,
+    }
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share}: a share of the run or of the data, between 0 and 1")
+    for name, count in {
+        "train.accumulate": config.train.accumulate,
+        "health.every": config.health.every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }.items():
+        if count < 1:
+            raise ConfigError(f"{name}={count}: must be at least 1")
+    batch = config.train.batch_size
+    if isinstance(batch, str) and batch != "auto":
+        raise ConfigError(f"train.batch_size={batch!r}: a number, or auto")
+    if isinstance(batch, int) and (batch < 2 or batch % config.train.accumulate):
+        raise ConfigError(
+            f"train.batch_size={batch} with train.accumulate={config.train.accumulate}: the batch must be at least 2 "
+            "(KoLeo needs a neighbour) and a multiple of the number of micro-batches"
+        )
+    if (config.train.steps is None) == (config.train.passes is None):
+        raise ConfigError("give the length of the run as train.steps=N or as train.passes=N, one of the two")
+
+
+def plan(config: RunConfig, *, num_images: int, batch_size: int, stride: int) -> Plan:
+    """Absolute numbers for a data set of `num_images` and a batch of `batch_size` images.
+
+    Raises ConfigError when there are fewer images than one batch holds.
+    """
+    if num_images < batch_size:
+        raise ConfigError(
+            f"the data set holds {num_images} images, fewer than one batch of {batch_size}: "
+            f"set train.batch_size={max(2, 1 << (num_images.bit_length() - 1))} or less, or add images"
+        )
+    train = config.train
+    steps = train.steps if train.steps is not None else max(1, round((train.passes or 0.0) * num_images / batch_size))
+    if steps < 1:
+        raise ConfigError(f"train.steps={steps}: a run has at least one step")
+    cells = config.crops.global_size // stride
+    return Plan(
+        steps=steps,
+        batch_size=batch_size,
+        passes=steps * batch_size / num_images,
+        lr=scaled_lr(config.optim.lr, batch_size, config.optim.scaling),
+        lr_warmup_steps=round(config.optim.warmup * steps),
+        freeze_steps=round(config.optim.freeze_last_layer * steps),
+        temp_warmup_steps=round(config.teacher.temp_warmup * steps),
+        image_size=config.model.image_size or config.crops.global_size,
+        grid=(cells, cells),
+    )

@@ -1,0 +1,120 @@
+"""Which device, which precision, how much memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+GIB = 1024**3
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA, then Apple's MPS, then CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device={name!r}: choose auto, cpu, cuda or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no CUDA device here: use train.device=cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("train.device=mps, but torch sees no MPS device here: use train.device=cpu or auto")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": bf16 where the hardware is fast at it, else fp32.
+
+    CUDA from compute capability 8.0; CPUs with AMX or AVX-512 bf16 instructions (without them bf16 autocast was
+    measured 18 times slower than fp32); never MPS.
+    """
+    if name == "bf16":
+        return torch.bfloat16
+    if name == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type == "cpu" and {"amx_bf16", "avx512_bf16"} & _cpu_flags():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    for line in info.read_text(errors="ignore").splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run may take on this device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Greatest number of bytes in use so far: allocated on CUDA, resident size of the process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What decides the memory of a step."""
+
+    parameters: int  # of the student
+    embed_dim: int
+    depth: int
+    ffn_dim: int
+    global_tokens: int  # per global crop, with [CLS] and registers
+    local_tokens: int
+    num_local: int
+    masked_per_image: float
+    prototypes: int
+    bottleneck_dim: int
+
+
+def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int) -> int:
+    """Estimated bytes of one training step with `batch_size` images per micro-batch.
+
+    States: 16 bytes per student parameter (weight, gradient, two moments) and 4 per teacher parameter. Activations
+    kept for the backward pass, per token and block: two norms, qkv, attention output, two residual sums and projection
+    (9 D), the FFN before and after its nonlinearity (2 F). Head logits: fp32 student and teacher rows, softmax and
+    gradient. Checked against measured peaks in benchmarks/step.py.
+    """
+    tokens = 2 * shapes.global_tokens + shapes.num_local * shapes.local_tokens
+    per_image = tokens * shapes.depth * (9 * shapes.embed_dim + 2 * shapes.ffn_dim) * bytes_per_value
+    rows = 2 + shapes.num_local + 2 + 2 * shapes.masked_per_image
+    per_image += int(rows * shapes.prototypes * 4 * 2)
+    teacher = 2 * shapes.global_tokens * (9 * shapes.embed_dim + 2 * shapes.ffn_dim) * bytes_per_value
+    return shapes.parameters * 20 + batch_size * (per_image + teacher)
+
+
+def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate: int, most: int = 64) -> int:
+    """Greatest power of two, `most` at the most, whose step is estimated to take under 60 % of the free memory.
+
+    Raises ValueError when not even two images fit.
+    """
+    batch = most
+    while batch >= 2:
+        if step_memory(shapes, max(1, batch // accumulate), bytes_per_value=bytes_per_value) < 0.6 * free:
+            return max(batch, 2 * accumulate)
+        batch //= 2
+    need = step_memory(shapes, 2, bytes_per_value=bytes_per_value) / GIB
+    raise ValueError(
+        f"a batch of 2 images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a smaller model.size, "
+        "smaller crops or fewer prototypes (objective.head.num_prototypes)"
+    )

@@ -1,0 +1,99 @@
+"""The whole training step on one screen: values in, values out, no logging inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quietvit import optim
+from quietvit.contracts import Batch, Targets
+from quietvit.schedules import StepValues
+
+
+class Method(Protocol):
+    """What the loop knows of a pretraining method (a row of METHODS)."""
+
+    loss_weights: dict[str, float]
+
+    def teach(self, batches: Sequence[Batch], *, temp: float) -> list[Targets]:
+        """Targets of the whole effective batch, one Targets per micro-batch."""
+        ...
+
+    def study(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Named scalar losses of one micro-batch."""
+        ...
+
+    def follow(self, momentum: float) -> None:
+        """Move the teacher towards the student."""
+        ...
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """The student's submodules, each clipped on its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did. `broken` names the terms that were not finite; if there are any, nothing was changed."""
+
+    losses: dict[str, float]
+    grad_norms: dict[str, float]
+    broken: tuple[str, ...]
+    targets: list[Targets]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch for one step, so that stochastic depth is a function of (seed, step) and a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) % (1 << 63))
+
+
+def train_step(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    at: StepValues,
+    *,
+    clip: float,
+    device: torch.device,
+    precision: torch.dtype,
+    state: Mapping[str, Tensor],
+) -> Outcome:
+    """One optimizer step over the micro-batches of one effective batch (DINOv2; order of training.md 4.0).
+
+    `state` are the method's own running buffers (centers): they go back to what they were when the step is skipped.
+    """
+    before = {name: value.clone() for name, value in state.items()}
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16)
+    with autocast:
+        targets = method.teach(batches, temp=at.teacher_temp)
+    sums: dict[str, Tensor] = {}
+    for batch, target in zip(batches, targets, strict=True):
+        with autocast:
+            losses = method.study(batch, target)
+        total = torch.stack([method.loss_weights[k] * v / len(batches) for k, v in losses.items()]).sum()
+        total.backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() / len(batches)
+    norms = optim.clip_by_module(method.trainable(), max_norm=clip)
+    names = [*sums, *norms]
+    values = torch.stack([v.detach().float() for v in (*sums.values(), *norms.values())])
+    numbers = dict(zip(names, values.tolist(), strict=True))  # the step's only synchronisation
+    finite = dict(zip(names, values.isfinite().tolist(), strict=True))
+    broken = tuple(f"loss {k}" for k in sums if not finite[k]) or tuple(
+        f"gradient of {k}" for k in norms if not finite[k]
+    )
+    if broken:
+        for name, value in state.items():
+            value.copy_(before[name])
+    else:
+        optim.apply_schedule(
+            optimizer, lr=at.lr, last_layer_lr=at.last_layer_lr, weight_decay=at.weight_decay
+        )
+        optimizer.step()
+        method.follow(at.momentum)
+    optimizer.zero_grad(set_to_none=True)
+    return Outcome({k: numbers[k] for k in sums}, {k: numbers[k] for k in norms}, broken, targets)
