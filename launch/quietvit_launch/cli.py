@@ -1,0 +1,157 @@
+"""The command `quietvit`. Only the standard library is imported here: wrong arguments are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+EXIT_USER_ERROR = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quietvit", description="Self-supervised pretraining of vision transformers with registers."
+    )
+    parser.add_argument("--version", action="version", version=f"quietvit {metadata.version('quietvit')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_eval(commands)
+    _add_use(commands)
+    demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
+    demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="pretrain a backbone; the same command resumes",
+        epilog="example: quietvit train own_images data.path=~/photos --out runs/photos",
+    )
+    train.add_argument("recipe", help="name of a shipped recipe (see `quietvit recipes`) or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    train.add_argument("--out", required=True, help="run folder; a run found there with the same settings is resumed")
+    train.set_defaults(run=_train)
+    recipes = commands.add_parser("recipes", help="list the shipped recipes, or print one with all its settings")
+    recipes.add_argument("name", nargs="?")
+    recipes.set_defaults(run=_recipes)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser("eval", help="judge frozen features: knn, linear")
+    evaluate.add_argument("tasks", help="comma-separated: knn,linear")
+    evaluate.add_argument("--model", required=True, help="run folder, teacher.safetensors, or an official DINOv2 .pth")
+    evaluate.add_argument("--data", required=True, help="labelled images: a folder, a tar, a list, or `scenes`")
+    evaluate.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
+    evaluate.add_argument("--label", default="class", help="label set to predict (default: class)")
+    evaluate.add_argument("--size", type=int, help="image side in pixels (default: the model's)")
+    evaluate.add_argument("--train-split", default="train")
+    evaluate.add_argument("--test-split", default="val")
+    evaluate.add_argument("--limit-train", type=int, help="use this many training images at the most")
+    evaluate.add_argument("--limit-test", type=int, help="use this many test images at the most")
+    evaluate.add_argument("--random-init", action="store_true", help="also score the same model before training")
+    evaluate.add_argument("--pixels", action="store_true", help="also score raw pixels")
+    evaluate.add_argument(
+        "--select",
+        choices=("held_out", "val"),
+        default="held_out",
+        help="linear head chosen on a part of train that it was not fitted on (default), or on the test data as in the DINOv2 paper",
+    )
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--workers", type=int, default=0)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--out", help="folder for the result cards (default: <model folder>/eval)")
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    embed = commands.add_parser("embed", help="write file names and embeddings of a folder of images")
+    embed.add_argument("images", help="a folder, tar or list")
+    embed.add_argument("--model", required=True, help="run folder, teacher.safetensors, or an official DINOv2 .pth")
+    embed.add_argument("--out", required=True, help="features.parquet or features.npz")
+    embed.add_argument("--size", type=int, help="image side in pixels (default: the model's)")
+    embed.add_argument("--batch-size", type=int, default=64)
+    embed.add_argument("--device", default="auto")
+    embed.set_defaults(run=_embed)
+    export = commands.add_parser("export", help="write the teacher as a folder that others can use, checked by reloading")
+    export.add_argument("model", help="run folder or teacher.safetensors")
+    export.add_argument("--out", required=True, help="new folder")
+    export.set_defaults(run=_export)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from quietvit_launch.job import Job, run_job
+    from rich.console import Console
+
+    return run_job(Job(args.recipe, tuple(args.overrides), args.out), Console())
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from quietvit.config.load import load_config, recipes, to_yaml
+
+    if args.name:
+        print(to_yaml(load_config(args.name)), end="")
+        return 0
+    for name, file in recipes().items():
+        first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:22} {first}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from quietvit_launch.evaluation import run_evaluation
+
+    return run_evaluation(args)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from quietvit_launch.evaluation import run_embedding
+
+    return run_embedding(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from quietvit.weights.export import export_teacher
+
+    report = export_teacher(Path(args.model), Path(args.out))
+    print(f"wrote {args.out}: features equal after reloading (greatest difference {report['max_difference']:g})")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from quietvit_launch.demo import run_demo
+
+    return run_demo(Path(args.out), seed=args.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. A user's mistake is one message on stderr and exit code 2; a fault of ours is a traceback."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("quietvit: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if not _raised_by_us(error):
+            raise
+        print(f"quietvit: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether quietvit itself raised this error, as a message to the user; what a library raises is a fault of ours."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("quietvit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

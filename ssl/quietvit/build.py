@@ -1,0 +1,300 @@
+"""The composition root: the only file that reads a whole RunConfig. It hands every constructor plain keywords."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from quietvit import schedules
+from quietvit.backbones import make_backbone
+from quietvit.config.load import config_hash
+from quietvit.config.resolve import Plan, plan
+from quietvit.config.schema import HeadConfig, RunConfig
+from quietvit.contracts import Batch
+from quietvit.data.crops import MultiCrop
+from quietvit.data.loader import BadImages, make_loader
+from quietvit.data.sources import Source, cached, open_source
+from quietvit.files import write_text
+from quietvit.methods import METHODS
+from quietvit.optim import make_optimizer, parameter_groups
+from quietvit.train.device import (
+    GIB,
+    Shapes,
+    fitting_batch,
+    free_memory,
+    pick_device,
+    pick_precision,
+    step_memory,
+)
+from quietvit.train.environment import environment
+from quietvit.train.health import Probe
+from quietvit.train.held_out import choose_held_out
+from quietvit.train.loop import Training
+from quietvit.weights.native import save_teacher
+
+
+def build_training(config: RunConfig, run_dir: Path, console: Console) -> Training:
+    """Put a run together: data, model, optimizer, probe. Prints what it is going to do.
+
+    Raises ValueError (ConfigError among them) for settings that do not fit the data or the machine.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    torch.set_float32_matmul_precision("high")
+    device = pick_device(config.train.device)
+    precision = pick_precision(config.train.precision, device)
+    source = _open_source(config)
+    torch.manual_seed(config.train.seed)
+    method = build_method(config).to(device)
+    backbone: nn.Module = method.student["backbone"]
+    batch_size, memory = _batch_size(config, backbone, device, precision)
+    the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=int(backbone.stride))
+    write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
+    bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share)
+    parameters = sum(p.numel() for p in backbone.parameters())
+    console.print(
+        f"data: {source.name}\n"
+        f"model: {config.model.backbone} {config.model.size}, patch {backbone.stride}, {config.model.num_registers} "
+        f"registers, {parameters / 1e6:.2f} M parameters\n"
+        f"run: {the_plan.steps} steps of {batch_size} images = {the_plan.passes:.1f} passes, peak lr {the_plan.lr:.2g}\n"
+        f"on: {device}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about {memory / GIB:.1f} GiB needed, "
+        f"{free_memory(device) / GIB:.1f} GiB free",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return Training(
+        run_dir=run_dir,
+        method=method,
+        optimizer=_optimizer(config, method),
+        schedules=build_schedules(config, the_plan),
+        batches=_batches(config, source, the_plan, device),
+        steps=the_plan.steps,
+        batch_size=batch_size,
+        accumulate=config.train.accumulate,
+        clip=config.optim.clip,
+        seed=config.train.seed,
+        device=device,
+        precision=precision,
+        probe=_probe(config, source, device, precision),
+        health_every=config.health.every,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        max_bad_steps=config.train.max_bad_steps,
+        bad_images=bad_images,
+        save_teacher=partial(_save_teacher, config, source),
+        meta={"config_hash": config_hash(config)},
+        embed_dim=int(backbone.embed_dim),
+        prototypes=config.objective.head.num_prototypes,
+        console=console,
+    )
+
+
+def build_backbone(config: RunConfig) -> nn.Module:
+    """The backbone of a config, freshly initialised from torch's current seed."""
+    model = config.model
+    arguments: dict[str, Any] = {
+        "patch_size": model.patch_size,
+        "image_size": model.image_size or config.crops.global_size,
+        "num_registers": model.num_registers,
+        "layer_scale": model.layer_scale,
+        "drop_path": model.drop_path,
+        "drop_path_uniform": model.drop_path_uniform,
+        "pos_interpolation": model.pos_interpolation,
+        "pos_antialias": model.pos_antialias,
+        "attention": model.attention,
+        "init": model.init,
+    }
+    sizes = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads, "ffn": model.ffn}
+    arguments |= {k: v for k, v in sizes.items() if v is not None}
+    return make_backbone(model.backbone, size=model.size, **arguments)
+
+
+def build_method(config: RunConfig) -> Any:
+    """The row of METHODS that the config names, with student, teacher and heads."""
+    objective = config.objective
+    if objective.method not in METHODS:
+        raise ValueError(f"objective.method={objective.method!r}: choose {', '.join(METHODS)}")
+
+    def head(settings: HeadConfig) -> dict[str, Any]:
+        return {
+            "num_prototypes": settings.num_prototypes,
+            "hidden_dim": settings.hidden_dim,
+            "bottleneck_dim": settings.bottleneck_dim,
+            "num_layers": settings.num_layers,
+            "weight_norm": settings.weight_norm,
+            "init": settings.init,
+        }
+
+    return METHODS[objective.method](
+        lambda: build_backbone(config),
+        head=head(objective.head),
+        ibot_head=head(objective.ibot_head) if objective.separate_heads else None,
+        centering=objective.centering,
+        sinkhorn_iterations=objective.sinkhorn_iterations,
+        center_momentum=objective.center_momentum,
+        student_temp=objective.student_temp,
+        dino_weight=objective.dino_weight,
+        ibot_weight=objective.ibot_weight,
+        koleo_weight=objective.koleo_weight,
+        ibot_denominator=objective.ibot_denominator,
+        koleo_crops=objective.koleo_crops,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+
+def build_schedules(config: RunConfig, the_plan: Plan) -> schedules.Schedules:
+    """The five curves of a run, in steps."""
+    steps = the_plan.steps
+    optim, teacher = config.optim, config.teacher
+    return schedules.Schedules(
+        lr=schedules.Cosine(the_plan.lr, optim.min_lr, steps, warmup_steps=the_plan.lr_warmup_steps),
+        weight_decay=schedules.Cosine(*optim.weight_decay, steps),
+        momentum=schedules.Cosine(*teacher.momentum, steps),
+        teacher_temp=schedules.Linear(*teacher.temp, the_plan.temp_warmup_steps),
+        last_layer_freeze_steps=the_plan.freeze_steps,
+    )
+
+
+def _open_source(config: RunConfig) -> Source:
+    data = config.data
+    source = open_source(data.source, data.path, split=data.split, **data.options)
+    return cached(source, limit_mb=data.ram_cache_mb)
+
+
+def _optimizer(config: RunConfig, method: Any) -> torch.optim.Optimizer:
+    optim = config.optim
+    groups = parameter_groups(
+        method.trainable(),
+        num_blocks=int(method.student["backbone"].num_blocks),
+        layer_decay=optim.layer_decay,
+        patch_embed_lr_mult=optim.patch_embed_lr_mult,
+        decay_tokens=optim.decay_tokens,
+    )
+    return make_optimizer(groups, betas=optim.betas)
+
+
+def build_crops(config: RunConfig) -> MultiCrop:
+    """The augmentation of a config."""
+    crops = config.crops
+    return MultiCrop(
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        num_local=crops.num_local,
+        global_scale=crops.global_scale,
+        local_scale=crops.local_scale,
+        color_strength=crops.color_strength,
+        color_prob=crops.color_probability,
+        grayscale_prob=crops.grayscale_probability,
+        solarize_prob=crops.solarize_probability,
+        flip_prob=crops.flip_probability,
+        blur=crops.blur,
+        blur_kernel=crops.blur_kernel,
+        blur_sigma=crops.blur_sigma,
+    )
+
+
+def _workers(config: RunConfig) -> int:
+    if config.data.workers >= 0:
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores - 1))
+
+
+def _batches(
+    config: RunConfig, source: Source, the_plan: Plan, device: torch.device
+) -> Callable[[int], Iterator[Batch]]:
+    def batches(start: int) -> Iterator[Batch]:
+        loader = make_loader(
+            source,
+            crops=build_crops(config),
+            grid=the_plan.grid,
+            mask_probability=config.masks.probability,
+            mask_ratio=config.masks.ratio,
+            seed=config.train.seed,
+            batch_size=the_plan.batch_size,
+            start_step=start,
+            total_steps=the_plan.steps,
+            workers=_workers(config),
+            pin_memory=device.type == "cuda",
+        )
+        return iter(loader)
+
+    return batches
+
+
+def _batch_size(config: RunConfig, backbone: nn.Module, device: torch.device, precision: torch.dtype) -> tuple[int, int]:
+    crops, accumulate = config.crops, config.train.accumulate
+    stride, extra = int(backbone.stride), 1 + config.model.num_registers  # type: ignore[arg-type]
+    patches = (crops.global_size // stride) ** 2
+    dim = int(backbone.embed_dim)  # type: ignore[arg-type]
+    shapes = Shapes(
+        parameters=sum(p.numel() for p in backbone.parameters()),
+        embed_dim=dim,
+        depth=int(backbone.num_blocks),  # type: ignore[arg-type]
+        ffn_dim=4 * dim,
+        global_tokens=patches + extra,
+        local_tokens=(crops.local_size // stride) ** 2 + extra,
+        num_local=crops.num_local,
+        masked_per_image=2 * patches * config.masks.probability * sum(config.masks.ratio) / 2,
+        prototypes=config.objective.head.num_prototypes,
+        bottleneck_dim=config.objective.head.bottleneck_dim,
+    )
+    size = 2 if precision is torch.bfloat16 else 4
+    batch = config.train.batch_size
+    if isinstance(batch, str):
+        batch = fitting_batch(shapes, free_memory(device), bytes_per_value=size, accumulate=accumulate)
+    return batch, step_memory(shapes, batch // accumulate, bytes_per_value=size)
+
+
+def _save_teacher(config: RunConfig, source: Source, folder: Path, backbone: nn.Module, step: int) -> None:
+    save_teacher(
+        folder,
+        backbone,
+        mean=config.data.mean,
+        std=config.data.std,
+        image_size=config.model.image_size or config.crops.global_size,
+        provenance={
+            "step": step,
+            "seed": config.train.seed,
+            "config_hash": config_hash(config),
+            "data": source.name,
+            "data_fingerprint": source.fingerprint(),
+            "objective": config.objective.method,
+        },
+        backbone_name=config.model.backbone,
+    )
+
+
+def _probe(config: RunConfig, source: Source, device: torch.device, precision: torch.dtype) -> Probe | None:
+    health = config.health
+    if health.images < 1:
+        return None
+    held_out = choose_held_out(
+        source,
+        _validation(config),
+        label=health.label,
+        num_images=health.images,
+        num_bank=health.bank,
+        size=health.size or config.crops.global_size,
+        seed=config.train.seed,
+    )
+    return Probe(held_out, config.data.mean, config.data.std, device, precision, health.neighbours)
+
+
+def _validation(config: RunConfig) -> Source | None:
+    """The val split of the training data, where there is one."""
+    if config.data.split != "train":
+        return None
+    try:
+        return open_source(config.data.source, config.data.path, split="val", **config.data.options)
+    except ValueError:
+        return None

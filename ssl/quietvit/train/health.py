@@ -1,0 +1,130 @@
+"""Is it learning? What is looked at every N steps, and what the figures mean in plain sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from quietvit.contracts import Targets
+from quietvit.features.knn import knn_accuracy
+from quietvit.features.norms import outlier_share
+from quietvit.features.rank import rankme
+from quietvit.train.held_out import HeldOut
+
+CHUNK = 64  # images per forward of the probe (ours: small next to a training step)
+
+
+@dataclass
+class TargetGauge:
+    """Teacher statistics gathered over the steps between two looks."""
+
+    entropies: list[Tensor] = field(default_factory=list)
+    mean_target: Tensor | None = None
+    used: Tensor | None = None
+    rows: int = 0
+
+    def add(self, targets: Sequence[Targets]) -> None:
+        """Take in the class-token targets of one step."""
+        for target in targets:
+            q = target.cls.flatten(0, 1)
+            self.entropies.append(-torch.xlogy(q, q).sum(1).mean())
+            total = q.sum(0)
+            self.mean_target = total if self.mean_target is None else self.mean_target + total
+            hits = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+            hits[q.argmax(1)] = True
+            self.used = hits if self.used is None else self.used | hits
+            self.rows += len(q)
+
+    def read(self) -> dict[str, float]:
+        """Entropy in nats of one target and of the mean target, and how many prototypes were someone's favourite."""
+        if self.mean_target is None or self.used is None:
+            return {}
+        mean = self.mean_target / self.mean_target.sum()
+        values = {
+            "teacher/entropy": float(torch.stack(self.entropies).mean()),
+            "teacher/mean_entropy": float(-torch.xlogy(mean, mean).sum()),
+            "teacher/prototypes_used": float(self.used.sum()),
+        }
+        self.entropies, self.mean_target, self.used, self.rows = [], None, None, 0
+        return values
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Looks at held-out images with the teacher's backbone."""
+
+    held_out: HeldOut
+    mean: tuple[float, float, float]  # in units of [0, 1]
+    std: tuple[float, float, float]
+    device: torch.device
+    precision: torch.dtype
+    neighbours: int
+
+    @torch.no_grad()
+    def look(self, backbone: nn.Module) -> dict[str, float]:
+        """RankMe of [CLS], share of patch tokens with outlying norms, and k-NN where there are labels."""
+        cls, norms = self._features(backbone, self.held_out.images)
+        values = {"rank": rankme(cls), "outlier_share": outlier_share(norms)}
+        h = self.held_out
+        if h.labels is not None and h.bank is not None and h.bank_labels is not None:
+            bank, _ = self._features(backbone, h.bank)
+            k = min(self.neighbours, len(bank))
+            scores = knn_accuracy(bank, h.bank_labels, cls, h.labels, ks=(k,), num_classes=h.num_classes)
+            values["knn"] = 100.0 * scores[k]
+        return values
+
+    def _features(
+        self, backbone: nn.Module, images: UInt8[Tensor, "Q 3 S S"]
+    ) -> tuple[Float[Tensor, "Q D"], Float[Tensor, "Q N"]]:
+        cls, norms = [], []
+        mean = 255.0 * torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        std = 255.0 * torch.tensor(self.std, device=self.device).view(3, 1, 1)
+        for chunk in images.split(CHUNK):
+            x = (chunk.to(self.device).float() - mean) / std
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16):
+                tokens = backbone.tokens([x], [None])[0]  # type: ignore[operator]
+                features = backbone.split(tokens, self._grid(backbone, x))  # type: ignore[operator]
+            num_patches = features.patches.shape[1] * features.patches.shape[2]
+            cls.append(features.cls.float().cpu())
+            # Artifacts show before the final norm (Vision Transformers Need Registers, section 2).
+            norms.append(tokens[:, -num_patches:].float().norm(dim=-1).cpu())
+        return torch.cat(cls), torch.cat(norms)
+
+    @staticmethod
+    def _grid(backbone: nn.Module, x: Tensor) -> tuple[int, int]:
+        stride = int(backbone.stride)  # type: ignore[arg-type]
+        return x.shape[-2] // stride, x.shape[-1] // stride
+
+
+def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progress: float) -> list[str]:
+    """Plain sentences about figures that mean trouble; empty when there is nothing to say.
+
+    The bounds are ours: a collapsed model has rank 1 to 3 and one prototype, a healthy one tens and hundreds. The first
+    tenth of a run is left in peace.
+    """
+    said = []
+    if progress < 0.1:
+        return said
+    if values.get("rank", math.inf) < max(2.0, 0.02 * embed_dim):
+        said.append(
+            f"collapsing: the features fill {values['rank']:.1f} of {embed_dim} dimensions. Likely too high a learning "
+            "rate or too small a batch: halve optim.lr, or set objective.centering=sinkhorn_knopp"
+        )
+    entropy = values.get("teacher/mean_entropy")
+    if entropy is not None and entropy < 0.1 * math.log(prototypes):
+        said.append(
+            f"the teacher uses few prototypes (entropy of its mean target {entropy:.2f} of {math.log(prototypes):.2f}): "
+            "fewer prototypes (objective.head.num_prototypes) or objective.centering=sinkhorn_knopp"
+        )
+    single = values.get("teacher/entropy")
+    if single is not None and single > 0.98 * math.log(prototypes):
+        said.append(
+            "the teacher's targets are still uniform, so nothing is learnt yet: fewer prototypes, a lower teacher.temp, "
+            "or objective.head.init=xavier start small models"
+        )
+    return said

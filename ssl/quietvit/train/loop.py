@@ -1,0 +1,209 @@
+"""The loop: batches in, checkpoints, metrics and a line to look at out. It knows only the method's protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from quietvit.contracts import Batch
+from quietvit.data.loader import BadImages
+from quietvit.schedules import Schedules
+from quietvit.train import checkpoint, state
+from quietvit.train.accumulate import split
+from quietvit.train.health import Probe, TargetGauge, verdicts
+from quietvit.train.metrics import MetricsLog
+from quietvit.train.progress import Progress
+from quietvit.train.signals import StopRequest
+from quietvit.train.step import Method, Outcome, seed_step, train_step
+
+
+class TrainingStoppedError(RuntimeError):
+    """The run cannot go on; the message is the verdict."""
+
+
+@dataclass
+class Training:
+    """All parts of a run, put together by quietvit.build."""
+
+    run_dir: Path
+    method: nn.Module  # also a Method
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    batches: Callable[[int], Iterator[Batch]]  # from a step on
+    steps: int
+    batch_size: int
+    accumulate: int
+    clip: float
+    seed: int
+    device: torch.device
+    precision: torch.dtype
+    probe: Probe | None
+    health_every: int
+    checkpoint_every: int
+    keep: int
+    max_bad_steps: int
+    bad_images: BadImages
+    save_teacher: Callable[[Path, nn.Module, int], None]  # folder, backbone, step
+    meta: Mapping[str, object]  # goes into every checkpoint
+    embed_dim: int
+    prototypes: int
+    console: Console = field(default_factory=Console)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended: after all its steps, or at a signal with everything saved."""
+
+    step: int
+    steps: int
+    signum: int | None
+    seconds: float
+
+
+def run(training: Training) -> Finished:
+    """Train from the newest checkpoint of the run folder (or from the start) to the end or to a signal.
+
+    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError.
+    """
+    start = _resume(training)
+    if start >= training.steps:
+        training.console.print(f"already finished: {start} of {training.steps} steps are done in {training.run_dir}")
+        return Finished(start, training.steps, None, 0.0)
+    began = time.monotonic()
+    images = training.batch_size
+    with (
+        StopRequest() as stop,
+        MetricsLog(training.run_dir, resume_step=start) as log,
+        Progress(training.console, steps=training.steps, start=start, images_per_step=images) as progress,
+    ):
+        loop = _Loop(training, log, progress)
+        if start == 0:
+            loop.look(0, {})
+        step = start
+        batches = training.batches(start)
+        while step < training.steps and not stop:
+            loop.advance(step, batches)
+            step += 1
+            last = step == training.steps or bool(stop)
+            if last or step % training.checkpoint_every == 0:
+                _save(training, step)
+        if stop:
+            progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
+    return Finished(step, training.steps, stop.signum, time.monotonic() - began)
+
+
+class _Loop:
+    """What is carried from step to step."""
+
+    def __init__(self, training: Training, log: MetricsLog, progress: Progress) -> None:
+        self.t = training
+        self.log = log
+        self.progress = progress
+        self.gauge = TargetGauge()
+        self.bad_in_a_row = 0
+        self.skipped = 0
+        self.window: list[tuple[float, float]] = []  # (seconds of a step, seconds of it spent waiting for data)
+        self.health: dict[str, float] = {}
+        self.method: Method = training.method  # type: ignore[assignment]
+
+    def advance(self, step: int, batches: Iterator[Batch]) -> None:
+        """One step: batch `step` (counted from 0) becomes weights of step + 1."""
+        t = self.t
+        before = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - before
+        t.bad_images.record(batch.bad)
+        micro = split(batch.to(t.device), t.accumulate)
+        seed_step(t.seed, step)
+        at = t.schedules.at(step)
+        outcome = train_step(
+            self.method,
+            t.optimizer,
+            micro,
+            at,
+            clip=t.clip,
+            device=t.device,
+            precision=t.precision,
+            state=running_buffers(t.method),
+        )
+        self.gauge.add(outcome.targets)
+        self.window = [*self.window[-49:], (time.monotonic() - before, waited)]
+        seconds = sum(s for s, _ in self.window)
+        share = sum(w for _, w in self.window) / seconds
+        speed = len(self.window) * t.batch_size / seconds
+        values = {f"loss/{k}": v for k, v in outcome.losses.items()}
+        values["loss/total"] = sum(self.method.loss_weights[k] * v for k, v in outcome.losses.items())
+        values |= {f"grad_norm/{k}": v for k, v in outcome.grad_norms.items()}
+        values |= {"lr": at.lr, "weight_decay": at.weight_decay, "momentum": at.momentum, "temp": at.teacher_temp}
+        values |= {"images_per_s": round(speed, 2), "data_wait": round(share, 4)}
+        values["images"] = float((step + 1) * t.batch_size)
+        if outcome.broken:
+            self._skip(step, outcome)
+            values["skipped"] = float(self.skipped)
+        else:
+            self.bad_in_a_row = 0
+        self.log.write(step + 1, values)
+        shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
+        if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
+            self.look(step + 1, self.gauge.read())
+
+    def look(self, step: int, values: dict[str, float]) -> None:
+        """The health check: held-out images through the teacher, figures to the log, sentences to the screen."""
+        if self.t.probe is not None:
+            backbone: nn.Module = self.t.method.teacher["backbone"]  # type: ignore[index,assignment]
+            values = values | self.t.probe.look(backbone)
+        if not values:
+            return
+        self.log.write(step, {f"health/{k}": v for k, v in values.items()})
+        self.health = {k: v for k, v in values.items() if k in ("knn", "rank")}
+        parts = "  ".join(f"{k} {v:.3g}" for k, v in values.items())
+        self.progress.say(f"health at step {step}: {parts}")
+        for sentence in verdicts(
+            values, embed_dim=self.t.embed_dim, prototypes=self.t.prototypes, progress=step / self.t.steps
+        ):
+            self.progress.say(f"  warning: {sentence}")
+
+    def _skip(self, step: int, outcome: Outcome) -> None:
+        self.bad_in_a_row += 1
+        self.skipped += 1
+        terms = ", ".join(outcome.broken)
+        self.progress.say(f"step {step + 1} skipped, nothing changed: not finite: {terms}")
+        if self.bad_in_a_row >= self.t.max_bad_steps:
+            raise TrainingStoppedError(
+                f"stopped at step {step + 1}: {self.bad_in_a_row} steps in a row were not finite ({terms}). The weights "
+                "are those from before the first of them; the newest checkpoint is good. Try half of optim.lr, "
+                "train.precision=fp32, or look at the images of the last batches"
+            )
+
+
+def running_buffers(method: nn.Module) -> dict[str, Tensor]:
+    """The method's own running statistics (centers), not those of student or teacher."""
+    return {n: b for n, b in method.named_buffers() if not n.startswith(("student.", "teacher."))}
+
+
+def _resume(training: Training) -> int:
+    found = checkpoint.load(training.run_dir)
+    if found is None:
+        return 0
+    state.restore(training.method, training.optimizer, found.tensors)
+    training.console.print(f"resuming {training.run_dir} from step {found.step} of {training.steps}")
+    return found.step
+
+
+def _save(training: Training, step: int) -> None:
+    backbone: nn.Module = training.method.teacher["backbone"]  # type: ignore[index,assignment]
+    checkpoint.save(
+        training.run_dir,
+        step,
+        state.gather(training.method, training.optimizer),
+        training.meta,
+        keep=training.keep,
+        save_teacher=lambda folder: training.save_teacher(folder, backbone, step),
+    )
