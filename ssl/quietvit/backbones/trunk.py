@@ -1,0 +1,283 @@
+"""The trunk that all backbones share: position, [cls | registers | patches], blocks, final norm. It knows no stem.
+
+A backbone is a Trunk with a stem: it builds the stem's modules, calls `init_weights` and provides `tokenize`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from quietvit.contracts import Features
+from quietvit.nn.attention import Attend, check_attention_name, choose_attention
+from quietvit.nn.block import Block, LayerScale
+from quietvit.nn.drop_path import BranchDrop, draw_drop, drop_rates
+from quietvit.nn.packing import Groups, pack, unpack
+from quietvit.nn.position import POS_INTERPOLATION, resize_positions
+
+__all__ = ["Trunk", "TrunkOptions"]
+
+Grid = tuple[int, int]  # patch rows, patch columns
+INITS = ("trunc_normal", "xavier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrunkOptions:
+    """Everything about a backbone but its stem. "D2" below: the DINOv2 training code."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    image_size: int = 224  # side in pixels that the position table is made for; D2: 224 in training, 518 released
+    num_registers: int = 4  # recommended in "Vision Transformers Need Registers", section 3; D2 defaults to 0
+    ffn: str = "mlp"  # D2; its giant model has "swiglu"
+    mlp_ratio: float = 4.0  # D2, all sizes
+    layer_scale: float = 1e-5  # D2 training; 0 leaves layer scale out, names included
+    qkv_bias: bool = True  # D2
+    proj_bias: bool = True  # D2
+    ffn_bias: bool = True  # D2
+    norm_eps: float = 1e-6  # D2
+    drop_path: float = 0.0  # a recipe's choice: D2 has 0.3 or 0.4
+    drop_path_uniform: bool = True  # D2; otherwise rising linearly from 0 over the blocks
+    pos_interpolation: str = "size"  # the released reg4 models; "offset": those without registers
+    pos_offset: float = 0.1  # D2, in offset mode only
+    pos_antialias: bool = True  # the released reg4 models; registers paper, appendix A: without it, stripes
+    attention: str = "auto"  # ours: see choose_attention
+    init: str = "trunc_normal"  # D2; "xavier" (Glorot uniform) gives small models a livelier start
+    init_std: float = 0.02  # D2; of linear layers, under trunc_normal only
+
+    def __post_init__(self) -> None:
+        if self.pos_interpolation not in POS_INTERPOLATION:
+            raise ValueError(f"pos_interpolation must be one of {POS_INTERPOLATION}, not '{self.pos_interpolation}'")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, not '{self.init}'")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers must be 0 or more, not {self.num_registers}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path}")
+        check_attention_name(self.attention)
+
+
+class Trunk(nn.Module, ABC):
+    """A vision transformer without its stem. Parameter names are those of the DINOv2 checkpoints.
+
+    Attributes: `embed_dim`, `num_blocks`, `num_registers`, `stride` (pixels for one patch), `image_size`, `native_grid`
+    (of the position table), `drop_rates` (one for each block), `arguments` (plain data that rebuilds the backbone).
+    """
+
+    SIZES: ClassVar[Mapping[str, Mapping[str, Any]]]  # named sizes -> constructor arguments
+    arguments: dict[str, Any]
+
+    def __init__(self, options: TrunkOptions, *, stride: int) -> None:
+        super().__init__()
+        o = options
+        if o.image_size % stride:
+            raise ValueError(f"image_size {o.image_size} is no multiple of {stride}; {_nearest(o.image_size, stride)}")
+        self.options = o
+        self.embed_dim, self.num_blocks, self.num_registers = o.embed_dim, o.depth, o.num_registers
+        self.stride, self.image_size = stride, o.image_size
+        self.native_grid: Grid = (o.image_size // stride, o.image_size // stride)
+        self.drop_rates = drop_rates(o.drop_path, o.depth, uniform=o.drop_path_uniform)
+
+        num_patches = self.native_grid[0] * self.native_grid[1]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, o.embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, o.embed_dim))
+        if o.num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, o.num_registers, o.embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, o.embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                o.embed_dim,
+                o.num_heads,
+                ffn=o.ffn,
+                mlp_ratio=o.mlp_ratio,
+                layer_scale=o.layer_scale,
+                qkv_bias=o.qkv_bias,
+                proj_bias=o.proj_bias,
+                ffn_bias=o.ffn_bias,
+                norm_eps=o.norm_eps,
+            )
+            for _ in range(o.depth)
+        )
+        self.norm = nn.LayerNorm(o.embed_dim, eps=o.norm_eps)
+
+    # ---- what a backbone provides
+
+    @abstractmethod
+    def tokenize(
+        self, images: Float[Tensor, "b 3 H W"], mask: Bool[Tensor, "b N"] | None
+    ) -> tuple[Float[Tensor, "b N D"], Grid]:
+        """The stem: patch tokens without position, and their grid (h, w).
+
+        Masked tokens must be `mask_token`, and no other token may depend on the pixels under the mask.
+        """
+
+    @abstractmethod
+    def init_stem(self, generator: torch.Generator | None) -> None:
+        """Initialise the parameters of the stem."""
+
+    # ---- initialisation
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Give every parameter its starting value (DINOv2 training code), also after `to_empty`."""
+        nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        if self.num_registers:
+            nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
+        nn.init.zeros_(self.mask_token)
+        self.init_stem(generator)
+        for module in (*self.blocks.modules(), self.norm):
+            if isinstance(module, nn.Linear):
+                self.init_linear(module, generator)
+            elif isinstance(module, (nn.LayerNorm, LayerScale)):
+                module.reset_parameters()
+
+    def init_linear(self, linear: nn.Linear, generator: torch.Generator | None) -> None:
+        """Starting value of a linear layer: `options.init`, bias 0."""
+        if self.options.init == "xavier":
+            nn.init.xavier_uniform_(linear.weight, generator=generator)
+        else:
+            nn.init.trunc_normal_(linear.weight, std=self.options.init_std, generator=generator)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+    # ---- forward
+
+    @overload
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Features: ...
+
+    @overload
+    def forward(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]: ...
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Features | list[Features]:
+        """Features after the final norm: of images [b 3 H W], or of a list of such groups in one pass.
+
+        A mask [b N] (True = replaced by the mask token, N row-major) may go with each group.
+
+        Raises:
+            ValueError: a side that is no multiple of `stride`, or a mask of another shape than the patch grid.
+        """
+        if isinstance(images, Tensor):
+            assert masks is None or isinstance(masks, Tensor)
+            return self._forward_groups([images], [masks])[0]
+        assert not isinstance(masks, Tensor)
+        return self._forward_groups(images, masks)
+
+    def tokens(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Float[Tensor, "b T D"]]:
+        """Tokens [cls | registers | patches] of every group after the last block, before the final norm."""
+        x, groups, _ = self._embed(images, masks)
+        return unpack(self._run_blocks(x, groups, ())[0], groups)
+
+    def split(self, tokens: Float[Tensor, "b T D"], grid: Grid, *, norm: bool = True) -> Features:
+        """Tokens as Features, through the final norm unless told otherwise."""
+        x = self.norm(tokens) if norm else tokens
+        first = 1 + self.num_registers
+        return Features(x[:, 0], x[:, 1:first], x[:, first:].unflatten(1, grid))
+
+    def last_blocks(
+        self, images: Float[Tensor, "b 3 H W"], num: int | Sequence[int], *, norm: bool = True
+    ) -> list[Features]:
+        """Features after each of the last `num` blocks, or after the blocks with the listed indices, earliest first.
+
+        Raises:
+            ValueError: more blocks than there are, or an index outside 0 .. num_blocks - 1.
+        """
+        wanted = range(self.num_blocks - num, self.num_blocks) if isinstance(num, int) else sorted(set(num))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_blocks:
+            raise ValueError(f"blocks {num} asked for; this model has {self.num_blocks} (indices from 0)")
+        x, groups, grids = self._embed([images], None)
+        states = self._run_blocks(x, groups, wanted)[1]
+        return [self.split(unpack(state, groups)[0], grids[0], norm=norm) for state in states]
+
+    def positions(self, grid: Grid) -> Float[Tensor, "1 1+h*w D"]:
+        """The position table for a patch grid, the class token's row first."""
+        o = self.options
+        return resize_positions(
+            self.pos_embed, self.native_grid, grid, mode=o.pos_interpolation, offset=o.pos_offset,
+            antialias=o.pos_antialias,
+        )  # fmt: skip
+
+    def _forward_groups(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None) -> list[Features]:
+        x, groups, grids = self._embed(images, masks)
+        x = self.norm(self._run_blocks(x, groups, ())[0])  # one norm over all groups
+        return [self.split(part, grid, norm=False) for part, grid in zip(unpack(x, groups), grids, strict=True)]
+
+    def _embed(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
+    ) -> tuple[Float[Tensor, "T D"], Groups, list[Grid]]:
+        """Packed input tokens of all groups."""
+        if not len(images):
+            raise ValueError("no images: pass a tensor [b 3 H W] or a list of at least one")
+        masks = [None] * len(images) if masks is None else masks
+        if len(masks) != len(images):
+            raise ValueError(f"{len(images)} groups of images but {len(masks)} masks; use None for a group without")
+        sequences, grids = [], []
+        for group, mask in zip(images, masks, strict=True):
+            self._check(group, mask)
+            patches, grid = self.tokenize(group, mask)
+            sequences.append(self._assemble(patches, grid))
+            grids.append(grid)
+        return *pack(sequences), grids
+
+    def _assemble(self, patches: Float[Tensor, "b N D"], grid: Grid) -> Float[Tensor, "b T D"]:
+        """[cls | registers | patches]: cls and patches carry a position, registers do not."""
+        position = self.positions(grid)
+        batch = patches.shape[0]
+        parts = [(self.cls_token + position[:, :1]).expand(batch, -1, -1)]
+        if self.num_registers:
+            parts.append(self.register_tokens.expand(batch, -1, -1))
+        parts.append(patches + position[:, 1:])
+        return torch.cat(parts, dim=1)
+
+    def _run_blocks(
+        self, x: Float[Tensor, "T D"], groups: Groups, collect: Sequence[int]
+    ) -> tuple[Float[Tensor, "T D"], list[Float[Tensor, "T D"]]]:
+        """The tokens after the last block, and those after each block listed in `collect`."""
+        attend = self._attend(x, groups)
+        states = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups, attend, self._draw(i, x, groups))
+            if i in collect:
+                states.append(x)
+        return x, states
+
+    def _attend(self, x: Tensor, groups: Groups) -> Attend:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        head_dim = self.embed_dim // self.options.num_heads
+        return choose_attention(self.options.attention, x.device, dtype, head_dim, len(groups)).attend
+
+    def _draw(self, block: int, x: Tensor, groups: Groups) -> tuple[BranchDrop | None, BranchDrop | None]:
+        rate = self.drop_rates[block]
+        if not self.training or rate == 0:
+            return None, None
+        attention, feed_forward = (draw_drop(groups, rate, device=x.device, dtype=x.dtype) for _ in range(2))
+        return attention, feed_forward
+
+    def _check(self, images: Tensor, mask: Tensor | None) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be float [b 3 H W], not {images.dtype} {list(images.shape)}")
+        for name, side in (("height", images.shape[2]), ("width", images.shape[3])):
+            if side % self.stride or not side:
+                raise ValueError(f"image {name} {side} is no multiple of {self.stride}; {_nearest(side, self.stride)}")
+        expected = (images.shape[0], images.shape[2] // self.stride * (images.shape[3] // self.stride))
+        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
+            raise ValueError(
+                f"mask must be bool {list(expected)} for these images, not {mask.dtype} {list(mask.shape)}"
+            )
+
+
+def _nearest(side: int, stride: int) -> str:
+    below = side // stride * stride
+    return f"use {below} or {below + stride}" if below else f"use {stride}"
