@@ -1,0 +1,146 @@
+"""A frozen backbone behind the one evaluable signature, and `load`, which finds it whatever the path points at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quietvit.backbones import make_backbone
+from quietvit.contracts import Features
+from quietvit.train.device import pick_device
+from quietvit.weights.dinov2 import load_dinov2
+from quietvit.weights.native import WEIGHTS_NAME, load_backbone, read_meta, weights_hash
+
+STEP_FOLDER = re.compile(r"step_(\d+)")
+Triple = tuple[float, float, float]
+
+
+class BackboneExtractor:
+    """A backbone as `contracts.Extractor`: eval mode, no gradients, fp32 features, images moved to its device.
+
+    `meta` is the description that `native.load_backbone` returns: backbone, normalisation, image_size, provenance.
+    `bf16` runs the backbone under bfloat16 autocast on CUDA (elsewhere it is fp32 in any case).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, meta: Mapping[str, Any], *, device: torch.device, bf16: bool = False
+    ) -> None:
+        self.backbone = backbone.to(device).eval().requires_grad_(False)
+        self.meta = dict(meta)
+        self.device = device
+        self.bf16 = bf16 and device.type == "cuda"
+        self.embed_dim = cast(int, backbone.embed_dim)
+        self.num_blocks = cast(int, backbone.num_blocks)
+        self.stride = cast(int, backbone.stride)
+        self.image_size: int = meta["image_size"]
+        self.mean = cast(Triple, tuple(meta["normalisation"]["mean"]))
+        self.std = cast(Triple, tuple(meta["normalisation"]["std"]))
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Features:
+        """Features after the final norm. Raises ValueError for sides that are no multiple of `stride`.
+
+        They may be used in autograd (no_grad, not inference mode): dense heads train on them.
+        """
+        with torch.no_grad(), self._autocast():
+            return _fp32(self.backbone(images.to(self.device)))
+
+    def last_blocks(self, images: Float[Tensor, "B 3 H W"], num: int) -> Sequence[Features]:
+        """Features of the last `num` blocks, earliest first, each through the final norm. Raises ValueError as a call,
+        and for more blocks than there are."""
+        with torch.no_grad(), self._autocast():
+            blocks = self.backbone.last_blocks(images.to(self.device), num)  # type: ignore[operator]
+            return [_fp32(f) for f in blocks]
+
+    def identity(self) -> dict[str, Any]:
+        """What a result card says about the model: weights hash, architecture, provenance, precision."""
+        return {
+            "hash": self._hash,
+            "backbone": self.meta["backbone"],
+            "provenance": self.meta["provenance"],
+            "precision": "bf16" if self.bf16 else "fp32",
+        }
+
+    @cached_property
+    def _hash(self) -> str:
+        return weights_hash(self.backbone)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def _fp32(features: Features) -> Features:
+    return Features(features.cls.float(), features.registers.float(), features.patches.float())
+
+
+def load(path: Path | str, device: str = "auto", *, bf16: bool = False) -> BackboneExtractor:
+    """The frozen model at `path`: a run folder (its newest complete teacher), a folder with `teacher.safetensors`, that
+    file itself, or a DINOv2 `.pth`. Nothing is downloaded and no code in the file is run.
+
+    `device`: "auto", "cpu", "cuda", "cuda:1", "mps". `bf16`: autocast on CUDA.
+    Raises FileNotFoundError, saying what was looked for and what is there, if there is no such model; ValueError if the
+    file is truncated or of another kind or architecture.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        beside = _contents(path.parent) if path.parent.is_dir() else "nor that folder"
+        raise FileNotFoundError(f"no model at {path}. Its folder holds: {beside}")
+    file = newest_teacher(path) if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        backbone, meta = load_backbone(file)
+    elif file.suffix in (".pth", ".pt"):
+        backbone, meta = load_dinov2(file)
+    else:
+        raise ValueError(f"{file}: a model is a run folder, a {WEIGHTS_NAME} or a DINOv2 .pth file")
+    return BackboneExtractor(backbone, meta, device=pick_device(device), bf16=bf16)
+
+
+def newest_teacher(folder: Path) -> Path:
+    """The newest complete `teacher.safetensors` of a run folder, or of a folder that holds one.
+
+    A file cut short by a full disk or an interrupted copy is passed over for the one before it. Raises
+    FileNotFoundError if there is none, ValueError if there are only broken ones (each with what is wrong).
+    """
+    steps = [d for d in (folder / "checkpoints").glob("step_*") if STEP_FOLDER.fullmatch(d.name)]
+    steps.sort(key=lambda d: int(d.name.removeprefix("step_")), reverse=True)
+    candidates = [f for f in (d / WEIGHTS_NAME for d in [folder, *steps]) if f.is_file()]
+    problems = []
+    for file in candidates:
+        try:
+            read_meta(file)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return file
+    if problems:
+        raise ValueError(f"no usable teacher in {folder}: " + "; ".join(problems))
+    raise FileNotFoundError(
+        f"no model in {folder}: looked for {WEIGHTS_NAME} and checkpoints/step_*/{WEIGHTS_NAME}. It holds: "
+        f"{_contents(folder)}"
+    )
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    return (", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")) or "nothing"
+
+
+def random_like(extractor: BackboneExtractor, seed: int | None = None) -> BackboneExtractor:
+    """The same architecture with fresh weights by the same rule: the control that every score must beat.
+
+    `seed` None: the run's own where its provenance tells it (the very weights training started from, as long as the
+    backbone was the first thing built after `torch.manual_seed(seed)`), else 0. The global random state is left alone.
+    """
+    spec, known = extractor.meta["backbone"], extractor.meta["provenance"].get("seed")
+    seed = seed if seed is not None else int(known or 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = make_backbone(spec["name"], **spec["arguments"])
+    meta = {**extractor.meta, "provenance": {"random_init": True, "seed": seed, "seed_of_run": known == seed}}
+    return BackboneExtractor(backbone, meta, device=extractor.device, bf16=extractor.bf16)
