@@ -38,6 +38,12 @@ def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
     raise ConfigError(f"optim.scaling={rule!r}: choose sqrt_wrt_1024, linear_wrt_256 or none")
 
 
+def check(config: RunConfig) -> None:
+    """All that can be known wrong before torch is imported. Raises ConfigError."""
+    check_values(config)
+    check_sizes(config, stride=config.model.patch_size)
+
+
 def check_sizes(config: RunConfig, *, stride: int) -> None:
     """Raises ConfigError when a crop is not a multiple of the patch, naming the nearest good sizes."""
     sizes = {"crops.global_size": config.crops.global_size}

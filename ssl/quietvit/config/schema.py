@@ -154,8 +154,8 @@ class HealthConfig:
     """What is watched while it trains."""
 
     every: int = 500  # steps between two looks (ours: under 1 % of the time at real sizes)
-    images: int = 1000  # held-out images looked at (ours)
-    bank: int = 4000  # labelled training images for the online k-NN (ours)
+    images: int = 500  # held-out images looked at (ours)
+    bank: int = 2000  # labelled training images for the online k-NN (ours)
     label: str = "class"  # label set for the online k-NN, where there is one
     neighbours: int = 20  # DINO's figure
     size: int | None = None  # side of the images looked at; None: the global crop
