@@ -38,7 +38,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	    fi; \
 	    echo "Making $(VENV) with $$("$$found" --version)"; \
 	    "$$found" -m venv --clear $(VENV) || exit 1; \
-	    echo "First install: about 3 GB to download and 6 GB on disk (PyTorch brings its CUDA libraries). It takes minutes."; \
+	    echo "First install: about 2 GB to download and 6 GB on disk (PyTorch brings its CUDA libraries). It takes minutes."; \
 	fi
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
