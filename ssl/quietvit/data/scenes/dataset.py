@@ -65,13 +65,16 @@ class Scenes:
             raise ValueError(f"the masks of scenes carry 'shape' or 'material', not {category!r}")
         self._length = NUM_IMAGES[split] if num_images is None else num_images
         if self._length < 1 or image_size < 1 or seed < 0:
-            raise ValueError(f"num_images {num_images} and image_size {image_size} must be positive, seed {seed} at least 0")
+            raise ValueError(
+                f"num_images {num_images} and image_size {image_size} must be positive, seed {seed} at least 0"
+            )
         self.split, self.image_size, self.seed, self.category = split, image_size, seed, category
         self.classes = {"shape": list(SOLIDS), "material": list(MATERIALS), "background": list(BACKGROUNDS)}
         self._key = (seed, _SPLITS.index(split))
         draws = uniforms(*self._key, _LABEL_KEY, num=3 * self._length).reshape(-1, 3)
         self.labels = {
-            name: (draws[:, k] * len(classes)).astype(np.int64) for k, (name, classes) in enumerate(self.classes.items())
+            name: (draws[:, k] * len(classes)).astype(np.int64)
+            for k, (name, classes) in enumerate(self.classes.items())
         }
         self.classes["class"], self.labels["class"] = self.classes[HEADLINE], self.labels[HEADLINE]
 

@@ -27,7 +27,7 @@ _NOISE_KEY = 20240229  # any constant: the tiles are part of the definition of t
 
 @lru_cache(maxsize=2)
 def noise_tile(roughness: float) -> UInt8[np.ndarray, "512 512"]:
-    """Periodic noise with the uniform histogram 0..255 whose amplitude falls as frequency**-roughness above one per unit."""
+    """Periodic noise, all of 0..255 equally frequent; amplitudes fall as frequency**-roughness above one per unit."""
     white = uniforms(_NOISE_KEY, num=_TILE * _TILE).reshape(_TILE, _TILE)
     freq = np.fft.fftfreq(_TILE, d=1.0 / _TEXELS)
     radius = np.hypot(freq[:, None], freq[None, :])
@@ -47,7 +47,8 @@ def _noise(u: Field, v: Field, draws: Draws, roughness: float, zoom: float = 1.0
 
 def _triangle(x: Field) -> Field:
     """Triangle wave in [-1, 1] of period one."""
-    return np.abs(x - np.floor(x) - 0.5) * 4 - 1
+    field: Field = np.abs(x - np.floor(x) - 0.5) * 4 - 1
+    return field
 
 
 def _edge(x: Field, slope: float) -> Field:
@@ -101,13 +102,15 @@ def bricks(u: Field, v: Field, draws: Draws) -> Field:
     block = np.floor(along)
     joint = np.maximum(np.abs(along - block - 0.5) * 2 - 0.06, np.abs(v - course - 0.5) * 2 + 0.08)
     tone = 0.45 * _cells(course, block, draws)
-    return tone + (1 - tone) * _edge(joint - 0.86, 5.0)
+    field: Field = tone + (1 - tone) * _edge(joint - 0.86, 5.0)
+    return field
 
 
 def marble(u: Field, v: Field, draws: Draws) -> Field:
     """Winding veins: bands warped by noise."""
     warp = _noise(u, v, draws, 3.0, zoom=0.5)
-    return np.abs(_triangle(u * 0.25 + warp * draws.uniform(1.2, 1.8)))
+    field: Field = np.abs(_triangle(u * 0.25 + warp * draws.uniform(1.2, 1.8)))
+    return field
 
 
 def mesh(u: Field, v: Field, draws: Draws) -> Field:
@@ -132,12 +135,13 @@ MATERIALS: dict[str, Pattern] = {
 
 
 def planks(u: Field, v: Field, draws: Draws) -> Field:
-    """Upright or level boards, each of its own tone, with dark gaps and a faint grain."""
-    across, along = (u, v) if draws.uniform() < 0.5 else (v, u)
+    """Upright boards, each of its own tone, with dark gaps and a faint grain."""
+    across, along = u, v
     board = np.floor(across)
     tone = 0.35 + 0.65 * _cells(board, np.zeros_like(board), draws)
     grain = 0.15 * _noise(across * 3, along * 0.3, draws, 3.0)
-    return (tone - grain) * _edge(0.43 - np.abs(across - board - 0.5), 10.0)
+    field: Field = (tone - grain) * _edge(0.43 - np.abs(across - board - 0.5), 10.0)
+    return field
 
 
 def tiles(u: Field, v: Field, draws: Draws) -> Field:
@@ -161,7 +165,8 @@ def windows(u: Field, v: Field, draws: Draws) -> Field:
     """A facade: upright rectangles with wide gaps, some lit."""
     column, row = np.floor(u), np.floor(v * 0.75)
     inside = 0.36 - np.maximum(np.abs(u - column - 0.5) * 1.35, np.abs(v * 0.75 - row - 0.5))
-    return (0.4 + 0.6 * _cells(row, column, draws)) * _edge(inside, 8.0)
+    field: Field = (0.4 + 0.6 * _cells(row, column, draws)) * _edge(inside, 8.0)
+    return field
 
 
 def foliage(u: Field, v: Field, draws: Draws) -> Field:
@@ -183,7 +188,8 @@ def trellis(u: Field, v: Field, draws: Draws) -> Field:
     """Laths crossing aslant, one in front of the other."""
     rising = _edge(_triangle((u + v) * 0.5) - 0.45, 4.0)
     falling = _edge(_triangle((u - v) * 0.5) - 0.45, 4.0)
-    return np.maximum(rising, 0.6 * falling)
+    field: Field = np.maximum(rising, 0.6 * falling)
+    return field
 
 
 BACKGROUNDS: dict[str, Pattern] = {
@@ -201,30 +207,34 @@ BACKGROUNDS: dict[str, Pattern] = {
 def paint(
     pattern: Pattern, u: Field, v: Field, draws: Draws, *, period: float, turn: float
 ) -> Float32[np.ndarray, "... 3"]:
-    """Colours in [0, 1] of a pattern at surface coordinates u, v (metres), its period in metres, turned by `turn` radians."""
+    """Colours in [0, 1] of a pattern at coordinates u, v of a surface, with a `period` in their unit, turned by radians."""
     cos, sin = math.cos(turn) / period, math.sin(turn) / period
     shift_u, shift_v = draws.uniform(0, _CELLS), draws.uniform(0, _CELLS)
     field = pattern(u * cos + (v * sin + shift_u), v * cos + (shift_v - u * sin), draws)
-    return _ramp(draws)[(field * (_STEPS - 1)).astype(np.intp)]
+    return _ramp(draws).take((field * (_STEPS - 1)).astype(np.intp), axis=0)
 
 
 _STEPS = 64  # colours of a ramp: two grey levels apart at most
-_LUMA = np.array([0.299, 0.587, 0.114])
+_AT = np.linspace(0.0, 2.0, _STEPS)[:, None]
+_BLEND = np.concatenate([np.clip(1 - _AT, 0, 1), 1 - np.abs(_AT - 1), np.clip(_AT - 1, 0, 1)], axis=1).astype(
+    np.float32
+)
 
 
 def _ramp(draws: Draws) -> Float32[np.ndarray, "64 3"]:
-    """A ramp between two random colours through a third, monotonous in luminance whichever end is the darker one."""
-    dark = draws.uniform(0.08, 0.4)
-    light = dark + draws.uniform(0.3, 0.5)
-    stops = np.stack([_colour(dark, draws), _colour((dark + light) / 2, draws), _colour(light, draws)])
-    if draws.uniform() < 0.5:
-        stops = stops[::-1]
-    at = np.linspace(0.0, 2.0, _STEPS)[:, None]
-    mixed = stops[0] * np.clip(1 - at, 0, 1) + stops[1] * (1 - np.abs(at - 1)) + stops[2] * np.clip(at - 1, 0, 1)
-    return mixed.astype(np.float32)
+    """A ramp from a darker to a lighter shade of one random colour, through a third shade.
+
+    The ends differ in hue only a little: in the world a texture is mostly a matter of shade, and joints are dark.
+    """
+    base = [draws.uniform(-0.4, 0.4) for _ in range(3)]
+    dark = draws.uniform(0.08, 0.35)
+    light = dark + draws.uniform(0.4, 0.55)
+    stops = [_shade(base, luminance, draws) for luminance in (dark, (dark + light) / 2, light)]
+    return _BLEND @ np.array(stops, dtype=np.float32)
 
 
-def _colour(luminance: float, draws: Draws) -> Float32[np.ndarray, "3"]:
-    """A random colour of about the given luminance, in [0.02, 0.98]."""
-    rgb = np.array([draws.uniform(-0.45, 0.45) for _ in range(3)])
-    return np.clip(rgb - rgb @ _LUMA + luminance, 0.02, 0.98)
+def _shade(base: list[float], luminance: float, draws: Draws) -> list[float]:
+    """An RGB colour near `base` and of about the given luminance, in [0.02, 0.98]."""
+    red, green, blue = (c + draws.uniform(-0.1, 0.1) for c in base)
+    shift = luminance - (0.299 * red + 0.587 * green + 0.114 * blue)  # ITU-R BT.601
+    return [min(max(c + shift, 0.02), 0.98) for c in (red, green, blue)]

@@ -1,7 +1,7 @@
 """One scene from labels and random numbers: a camera over a floor before a wall, and one to three solids.
 
-Frame: x right, y up, z into the picture, metres, the eye at the origin and the floor at y = -eye height. The camera only
-nods, so ray directions are (u, fall(v), ahead(v)) with the depth along the optical axis as their parameter.
+Frame: x right, y up, z ahead, metres; the eye stands above the origin of the floor y = 0. The camera only nods, so that
+ray directions are (right(column), fall(row), ahead(row)), with the depth along the optical axis as their parameter.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int8, Int64, UInt8
 
 from quietvit.data.scenes.draws import Draws
 from quietvit.data.scenes.patterns import BACKGROUNDS, MATERIALS, paint
-from quietvit.data.scenes.solids import SOLIDS
+from quietvit.data.scenes.solids import SOLIDS, Rays
 
 OVERSAMPLING = 2  # samples per pixel and axis: the least that keeps edges and fine textures from crawling
-_SHAPES, _MATERIALS, _BACKGROUNDS = (list(t.values()) for t in (SOLIDS, MATERIALS, BACKGROUNDS))
+_SHAPES, _MATERIALS, _BACKGROUNDS = list(SOLIDS.values()), list(MATERIALS.values()), list(BACKGROUNDS.values())
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,23 @@ def render_scene(shape: int, material: int, background: int, draws: Draws, *, im
     side = image_size * OVERSAMPLING
     camera = _Camera(side, draws)
     solids = _place(shape, material, draws)
-    colour, depth = _stage(camera, background, solids, draws)
+    colour, near = _stage(camera, background, solids, draws)
     owner = np.zeros((side, side), dtype=np.int8)
     for number, solid in enumerate(solids, start=1):
-        _add(camera, solid, number, draws, colour, depth, owner)
-    pixels = colour.reshape(image_size, OVERSAMPLING, image_size, OVERSAMPLING, 3)
-    image = sum(pixels[:, i, :, j] for i in range(OVERSAMPLING) for j in range(OVERSAMPLING))
-    image *= 255 / OVERSAMPLING**2
+        _add(camera, solid, number, draws, colour, near, owner)
     # Masks and depth cannot be averaged: they are those of one sample of the pixel.
-    seen = owner[::OVERSAMPLING, ::OVERSAMPLING]
+    first = (slice(None, None, OVERSAMPLING), slice(None, None, OVERSAMPLING))
     shapes = np.array([0, *(1 + s.shape for s in solids)])
     materials = np.array([0, *(1 + s.material for s in solids)])
-    sharp = np.ascontiguousarray(depth[::OVERSAMPLING, ::OVERSAMPLING])
-    return Layers((image + 0.5).astype(np.uint8), shapes[seen], materials[seen], sharp)
+    return Layers(_average(colour), shapes[owner[first]], materials[owner[first]], 1 / near[first])
+
+
+def _average(colour: Float32[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Mean of the samples of each pixel."""
+    rows = colour[0::OVERSAMPLING] + colour[1::OVERSAMPLING]
+    pixels = (rows[:, 0::OVERSAMPLING] + rows[:, 1::OVERSAMPLING]) * np.float32(255 / OVERSAMPLING**2) + np.float32(0.5)
+    image: UInt8[np.ndarray, "H W 3"] = pixels.astype(np.uint8)
+    return image
 
 
 def _place(shape: int, material: int, draws: Draws) -> list[_Solid]:
@@ -120,28 +124,25 @@ def _place(shape: int, material: int, draws: Draws) -> list[_Solid]:
 def _stage(
     camera: _Camera, background: int, solids: list[_Solid], draws: Draws
 ) -> tuple[Float32[np.ndarray, "s s 3"], Float32[np.ndarray, "s s"]]:
-    """Colours and depth of wall and floor, with the solids' soft shadows."""
+    """Colours and nearness (1 / metres) of wall and floor, with the solids' soft shadows."""
     yaw, distance = draws.uniform(-0.5, 0.5), draws.uniform(3.4, 4.6)
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    near_wall = np.maximum((camera.right * sin + camera.ahead * cos) / distance, np.float32(0.02))  # 1 / depth
-    near_floor = camera.fall * (-1 / camera.eye)
-    depth = 1 / near_wall
-    u = depth * (camera.right * cos - camera.ahead * sin)
-    v = depth * camera.fall
-    period = distance * camera.half * draws.uniform(0.2, 0.4)  # 1/10 to 1/5 of the picture: 6 to 13 of 64 pixels
+    cos, sin = math.cos(yaw) / distance, math.sin(yaw) / distance
+    near = camera.right * sin + camera.ahead * cos
+    u = (camera.right * cos - camera.ahead * sin) / near
+    v = camera.fall / near
+    # In the wall's own units of its distance: 1/10 to 1/5 of the picture, 6 to 13 of 64 pixels.
+    period = camera.half * draws.uniform(0.2, 0.29)
     turn = draws.uniform(-0.12, 0.12)  # people hang things nearly straight
-    colour = paint(_BACKGROUNDS[background], u, v, draws, period=period, turn=turn)
+    colour = paint(_BACKGROUNDS[background], u, v / distance, draws, period=period, turn=turn)
     colour *= draws.uniform(0.8, 1.0)
-    first = int(np.argmax(near_floor[:, 0] > near_wall.min(axis=1)))
-    if near_floor[-1, 0] > near_wall[-1].min():
-        rows = slice(first, None)
-        floor = np.broadcast_to(near_floor[rows], depth[rows].shape) > near_wall[rows]
-        below = 1 / np.maximum(near_floor[rows], np.float32(0.02))
-        depth[rows] = np.where(floor, below, depth[rows])
-        shade = _floor_light(camera, rows, below, solids)
-        tone = np.array([draws.uniform(0.15, 0.9) for _ in range(3)], dtype=np.float32)
-        colour[rows] = np.where(floor[..., None], shade[..., None] * tone, colour[rows])
-    return colour, depth
+    tone = np.array([draws.uniform(0.15, 0.9) for _ in range(3)], dtype=np.float32)
+    floor = camera.fall * (-1 / camera.eye)
+    rows = slice(int((floor[:, 0] <= near.min(axis=1)).sum()), None)  # the floor grows nearer row by row
+    shade = _floor_light(camera, rows, 1 / np.maximum(floor[rows], np.float32(0.02)), solids)
+    seen = (floor[rows] > near[rows])[..., None]
+    colour[rows] = np.where(seen, shade[..., None] * tone, colour[rows])
+    near[rows] = np.maximum(near[rows], floor[rows])
+    return colour, near
 
 
 def _floor_light(
@@ -149,7 +150,7 @@ def _floor_light(
 ) -> Float32[np.ndarray, "r s"]:
     """Brightness of the floor: full light but for a soft patch where each solid stands, drawn away from the light."""
     x, z = depth * camera.right, depth * camera.ahead[rows]
-    shade = np.ones_like(x)
+    shade: Float32[np.ndarray, "r s"] = np.ones_like(x)
     for solid in solids:
         reach = 0.3 * solid.scale
         dx = x - (solid.x - reach * camera.light[0])
@@ -165,45 +166,41 @@ def _add(
     number: int,
     draws: Draws,
     colour: Float32[np.ndarray, "s s 3"],
-    depth: Float32[np.ndarray, "s s"],
-    owner: np.ndarray,
+    near: Float32[np.ndarray, "s s"],
+    owner: Int8[np.ndarray, "s s"],
 ) -> None:
     """Draw one solid into the picture, in place, where nothing nearer is there."""
-    body = _SHAPES[solid.shape]
-    middle = body.height * solid.scale / 2
-    reach = math.hypot(body.radius * solid.scale, middle)
+    body, scale = _SHAPES[solid.shape], solid.scale
+    middle = body.height * scale / 2
+    reach = math.hypot(body.radius * scale, middle)
     rows, columns = camera.window(solid.x, middle - camera.eye, solid.z, reach)
+    right, fall, ahead = camera.right[:, columns], camera.fall[rows], camera.ahead[rows]
+    eye = (-solid.x / scale, camera.eye / scale, -solid.z / scale)
+    # The solid's frame is smaller by `scale`, so its nearness (1 / metres) is greater by as much.
+    s = body.nearness(Rays(eye, right, fall, ahead), solid.yaw) * (1 / scale)
+    row, column = np.nonzero(s > near[rows, columns])
+    s = s[row, column]
+    t = 1 / (s * scale)
+    view = (right[0, column], fall[row, 0], ahead[row, 0])
+    x, y, z = (o + t * d for o, d in zip(eye, view, strict=True))
     cos, sin = math.cos(solid.yaw), math.sin(solid.yaw)
-    right, ahead = camera.right[:, columns], camera.ahead[rows]
-    ray = (right * cos - ahead * sin, camera.fall[rows], right * sin + ahead * cos)
-    scale = 1 / solid.scale
-    origin = (
-        (-solid.x * cos + solid.z * sin) * scale,
-        camera.eye * scale,
-        (-solid.x * sin - solid.z * cos) * scale,
-    )
-    # In the solid's own frame lengths are divided by its scale, so t must be multiplied back.
-    hits = body.meet(origin, ray)
-    t = hits.depth * solid.scale
-    front = t < depth[rows, columns][hits.mask]
-    mask = hits.mask.copy()
-    mask[hits.mask] = front
-    u, v = (c[front] * solid.scale for c in hits.uv)
-    period = draws.uniform(0.14, 0.26) * solid.scale  # 5 to 10 of 64 pixels on the main solid
-    paint_of = paint(_MATERIALS[solid.material], u, v, draws, period=period, turn=draws.uniform(0, math.pi))
-    nx, ny, nz = hits.normal[:, front]
+    surface = body.surface(x * cos - z * sin, y, x * sin + z * cos)
+    period = draws.uniform(0.17, 0.24)  # 5 to 10 of 64 pixels on the main solid
+    turn = draws.uniform(-0.2, 0.2)
+    albedo = paint(_MATERIALS[solid.material], surface.u, surface.v, draws, period=period, turn=turn)
+    nx, ny, nz = surface.normal
     normal = (nx * cos + nz * sin, ny, nz * cos - nx * sin)
-    view = [np.broadcast_to(d, mask.shape)[mask] for d in (right, camera.fall[rows], ahead)]
-    lit = _light(camera, normal, view, gloss=draws.uniform(0.0, 0.35))
-    colour[rows, columns][mask] = np.minimum(paint_of * lit[0][:, None] + lit[1][:, None], 1.0)
-    depth[rows, columns][mask] = t[front]
-    owner[rows, columns][mask] = number
+    diffuse, highlight = _light(camera, normal, view, gloss=draws.uniform(0.0, 0.35))
+    at = (row + rows.start, column + columns.start)
+    colour[at] = np.minimum(albedo * diffuse[:, None] + highlight[:, None], 1.0)
+    near[at] = s
+    owner[at] = number
 
 
 def _light(
     camera: _Camera,
     normal: tuple[Float32[np.ndarray, " n"], ...],
-    view: list[Float32[np.ndarray, " n"]],
+    view: tuple[Float32[np.ndarray, " n"], ...],
     *,
     gloss: float,
 ) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
