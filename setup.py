@@ -39,7 +39,7 @@ setup(
     description="Self-supervised pretraining of vision transformers with registers, and what their features are worth",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),

@@ -65,7 +65,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     wanted = shipped(REPO / "configs", "quietvit/configs", "*.yaml") | {"quietvit/configs/__init__.py"}
@@ -75,7 +74,6 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path
     assert any(name.endswith("licenses/LICENSE") for name in inside)
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
