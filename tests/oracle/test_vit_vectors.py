@@ -178,3 +178,24 @@ def test_names_and_shapes_of_released_models(name: str) -> None:
         model = make_backbone("vit", size=SIZE_OF[name[len("dinov2_vit")]], image_size=518, num_registers=registers)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == RELEASED[name]["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == RELEASED[name]["parameters"]
+
+
+# training.md 1.4: exact counts with a 37x37 position table, without and with 4 registers; millions at 16x16 with 4.
+COUNTS = {
+    "small": (22_056_576, 22_058_112, 21.63),
+    "base": (86_580_480, 86_583_552, 85.73),
+    "large": (304_368_640, 304_372_736, 303.23),
+    "giant": (1_136_480_768, 1_136_486_912, 1134.78),
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts(size: str) -> None:
+    def count(**arguments: Any) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in make_backbone("vit", size=size, **arguments).parameters())
+
+    plain, with_registers, millions = COUNTS[size]
+    assert count(image_size=518, num_registers=0) == plain
+    assert count(image_size=518, num_registers=4) == with_registers
+    assert round(count(image_size=224, num_registers=4) / 1e6, 2) == millions

@@ -7,8 +7,8 @@ for a small batch can be far from the rate asked for (2 images at rate 0.3: half
     the subset form is used when its realised rate is within 10 % of the rate asked for (SUBSET_TOLERANCE),
     otherwise each image is dropped by its own draw with probability `rate` and kept ones are scaled by 1 / (1 - rate).
 
-At rate 0.3 that is the subset form from 16 images on (and at 3, 6, 7, 9, 10, 13); DINOv2 instead takes the subset form
-at any batch size, for rates above 0.1. Both forms have the full residual as their expectation.
+At rate 0.3 that is the subset form from 28 images on, and for most sizes from 10 (10, 13, 16, 19, 20, ...). DINOv2
+instead takes the subset form at any batch size, for rates above 0.1. Both forms have the full residual as expectation.
 """
 
 from __future__ import annotations
