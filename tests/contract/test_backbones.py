@@ -257,6 +257,27 @@ def test_bfloat16_autocast(name: str) -> None:
     torch.testing.assert_close(rough.patches.float(), model(x).patches, atol=0.15, rtol=0.15)
 
 
+def test_tracing_leaves_nothing_behind(name: str) -> None:
+    """An exported program equals the model, and nothing the tracer made is kept for later passes."""
+    model = small(name)
+    x = images(model, 1, 3, 5)
+
+    class Parts(torch.nn.Module):
+        """torch.export wants plain tensors out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            features = self.model(images)
+            return features.cls, features.registers, features.patches
+
+    program = torch.export.export(Parts(), (x,), strict=False)
+    assert_same(Features(*program.module()(x)), model(x), 1e-6)
+    assert_same(model(x), small(name)(x))
+
+
 def test_bad_input_is_explained(name: str) -> None:
     model = small(name)
     s = model.stride
