@@ -17,14 +17,16 @@ def gaussian_taps(sigma: float, kernel: int) -> Float32[np.ndarray, " k"]:
     Outer weights that round to 0 (together under one grey level) are left out, so k <= kernel: narrow blurs cost
     less. Whole 256ths are what OpenCV's integer filter computes without further error. `sigma` is in pixels.
     """
-    radius = kernel // 2
-    side = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(1, radius + 1)]
-    total = 1.0 + 2.0 * sum(side)
-    steps = [round(256 * weight / total) for weight in side]
-    while steps and steps[-1] == 0:
-        steps.pop()
-    centre = 256 - 2 * sum(steps)
-    return np.array([*reversed(steps), centre, *steps], np.float32) / 256
+    side = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(kernel // 2, 0, -1)]
+    scale = 256 / (1.0 + 2.0 * sum(side))
+    steps: list[int] = []
+    rest = 0.0  # what rounding took off further out is given to the next weight, so that the centre is off by 1 at most
+    for weight in side:
+        step = round(weight * scale + rest)
+        rest += weight * scale - step
+        if step > 0 or steps:
+            steps.append(step)
+    return np.array([*steps, 256 - 2 * sum(steps), *reversed(steps)], np.float32) / 256
 
 
 def gaussian_blur(image: UInt8[np.ndarray, "S S 3"], sigma: float, kernel: int) -> UInt8[np.ndarray, "S S 3"]:

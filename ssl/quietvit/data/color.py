@@ -20,6 +20,7 @@ __all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Jitter", "recolor", "
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbering of ColorJitter's operations
 
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode "L"
+_FLOOR = -0.499  # added before rounding, rounds down; not -0.5, which would leave whole numbers to the rule for ties
 
 
 class Jitter(NamedTuple):
@@ -79,11 +80,11 @@ def recolor(image: UInt8[np.ndarray, "S S 3"], jitter: Jitter | None, *, graysca
             continue
         work.settle()
         if op == BRIGHTNESS:  # blend with black
-            work.then(factor, 0.0, -0.5, may_clip=factor > 1)
+            work.then(factor, 0.0, _FLOOR, may_clip=factor > 1)
         elif op == CONTRAST:  # blend with the mean gray, a whole number in PIL
-            work.then(factor, 0.0, (1 - factor) * int(work.mean_gray() + 0.5) - 0.5, may_clip=factor > 1)
+            work.then(factor, 0.0, (1 - factor) * int(work.mean_gray() + 0.5) + _FLOOR, may_clip=factor > 1)
         else:  # blend with the gray image
-            work.then(factor, 1 - factor, -0.5, may_clip=factor > 1)
+            work.then(factor, 1 - factor, _FLOOR, may_clip=factor > 1)
     if grayscale:
         work.settle()
         work.then(0.0, 1.0, 0.0, may_clip=False)

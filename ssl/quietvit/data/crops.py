@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+
 from quietvit.data.blur import gaussian_blur
 from quietvit.data.color import Jitter, recolor, solarize
 from quietvit.data.resample import NUM_TRIES, Box, draw_box, resize_box
@@ -104,6 +105,8 @@ class MultiCrop:
             raise ValueError(
                 f"num_global must be at least 1 and num_local at least 0: {self.num_global, self.num_local}"
             )
+        if min(self.global_size, self.local_size) < 1:
+            raise ValueError(f"global_size and local_size must be positive: {self.global_size, self.local_size}")
         if self.blur not in get_args(BlurChoice):
             raise ValueError(f"blur must be one of {get_args(BlurChoice)}, not {self.blur!r}")
         for name in ("global_scale", "local_scale", "ratio", "blur_sigma"):
