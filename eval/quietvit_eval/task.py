@@ -1,0 +1,56 @@
+"""The TASKS table. A new task is a file with a class like these, plus one line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Protocol
+
+from quietvit.contracts import Extractor
+
+from quietvit_eval.data import EvalData, Result
+from quietvit_eval.knn import KnnTask
+from quietvit_eval.linear import LinearTask
+
+
+class Task(Protocol):
+    """Scores frozen features. It never knows whose model the extractor is."""
+
+    @property
+    def blocks(self) -> int:
+        """Of how many last blocks it wants features."""
+        ...
+
+    @property
+    def options(self) -> type[Any]:
+        """A frozen dataclass: its settings, each with a default."""
+        ...
+
+    def run(self, extractor: Extractor, data: EvalData, options: Any) -> Result:
+        """Train on data.train, score on data.test. Raises ValueError for data that cannot be scored."""
+        ...
+
+
+TASKS: Mapping[str, Task] = {"knn": KnnTask(), "linear": LinearTask()}
+
+
+def make_options(name: str, given: Mapping[str, Any]) -> Any:
+    """The options of task `name`, with those given. Raises ValueError for a task or an option that is not there."""
+    task = find_task(name)
+    known = [f.name for f in fields(task.options)]
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"task {name} has no option {unknown[0]!r}; {_nearest(unknown[0], known)}")
+    return task.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def find_task(name: str) -> Task:
+    """A row of TASKS. Raises ValueError naming the nearest."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; {_nearest(name, list(TASKS))}")
+    return TASKS[name]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return (f"nearest: {near[0]}; " if near else "") + f"there are: {', '.join(known)}"
