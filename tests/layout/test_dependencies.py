@@ -33,6 +33,8 @@ def imported(files: Iterable[Path]) -> set[str]:
                 out |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 out.add(node.module)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                out |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)}
     return out
 
 

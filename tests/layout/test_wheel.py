@@ -14,7 +14,7 @@ import pytest
 REPO = Path(__file__).parents[2]
 CODE = {"ssl": "quietvit", "eval": "quietvit_eval", "launch": "quietvit_launch"}
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
-JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", ".*")  # also what tools leave, as .mypy_cache
 
 # Run with -I -S: no checkout, no .pth file and no editable finder on the path, only what is put there.
 PROBE = """
@@ -47,8 +47,8 @@ def call(*command: str, cwd: Path) -> str:
 
 def shipped(folder: Path, prefix: str, pattern: str = "*") -> set[str]:
     """Paths in the wheel that the files of `folder` should have."""
-    files = (p for p in folder.rglob(pattern) if p.is_file() and p.suffix != ".pyc")
-    return {f"{prefix}/{p.relative_to(folder).as_posix()}" for p in files}
+    files = (p.relative_to(folder) for p in folder.rglob(pattern) if p.is_file() and p.suffix != ".pyc")
+    return {f"{prefix}/{p.as_posix()}" for p in files if not any(part.startswith(".") for part in p.parts)}
 
 
 @pytest.fixture(scope="module")
