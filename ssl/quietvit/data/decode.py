@@ -44,7 +44,7 @@ IMAGE_EXTENSIONS = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif",
 })
 # fmt: on
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
 # Twice Pillow's warning level (a 1 GiB image of 24 bits, times two over three): where Pillow itself speaks of a bomb.
 MAX_PIXELS = 178_956_970

@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """sha256 in hex, the same for the same data anywhere; stands on result cards."""
+        """A hash in hex, the same for the same data anywhere; stands on result cards."""
         ...
 
 
@@ -60,6 +60,7 @@ def _open_scenes(path: str | None = None, *, split: str | None = None, **options
 
     if path is not None:
         raise ValueError(f"source 'scenes' is rendered on the fly and takes no path, got {path!r}")
+    _check_options("scenes", Scenes, options)
     return Scenes(split or "train", **options)
 
 
@@ -89,13 +90,18 @@ def open_source(kind: str, path: str | None, *, split: str | None = None, **opti
         raise ValueError(f"unknown data source {kind!r}{hint} There are: {', '.join(DATASETS)}")
     if path is None and kind != "scenes":
         raise ValueError(f"data source {kind!r} needs a path; only 'scenes' goes without")
-    opener = DATASETS[kind]
+    _check_options(kind, DATASETS[kind], options)
+    return DATASETS[kind](path, split=split, **options)
+
+
+def _check_options(kind: str, opener: Callable[..., Source], options: Mapping[str, Any]) -> None:
+    """ValueError for an option that the opener does not have; an opener with **options looks at them itself."""
     parameters = inspect.signature(opener).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        allowed = [name for name in parameters if name not in ("path", "split")]
-        if unknown := [name for name in options if name not in allowed]:
-            raise ValueError(f"data source {kind!r} has no option {unknown[0]!r}; it has: {', '.join(allowed)}")
-    return opener(path, split=split, **options)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    allowed = [name for name in parameters if name not in ("path", "split")]
+    if unknown := [name for name in options if name not in allowed]:
+        raise ValueError(f"data source {kind!r} has no option {unknown[0]!r}; it has: {', '.join(allowed)}")
 
 
 def detect_kind(path: str) -> str:
