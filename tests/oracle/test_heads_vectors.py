@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
-from reference import VECTORS, Case, case
-
 from quietvit.nn.heads import ProjectionHead
+from reference import VECTORS, Case, case
 
 NAMES = [
     "dinohead_v2_1layer",

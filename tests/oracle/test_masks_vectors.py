@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import VECTORS, case
-
 from quietvit.data.collate import Views, collate
 from quietvit.data.masks import batch_masks, block_mask, mask_counts
+from reference import VECTORS, case
 
 DRAWS = 1200
 SIGMAS = 5.0  # of the difference of two means; about 100 comparisons below

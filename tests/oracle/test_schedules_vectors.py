@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import case
-
 from quietvit.schedules import Cosine, Linear, Schedules
+from reference import case
 
 COSINE = case("04_schedules/cosine")
 RUNS = case("04_schedules/training_schedules").info["runs"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
 from quietvit.contracts import BadSample
 from quietvit.data.collate import Views, collate
 
