@@ -62,8 +62,8 @@ format: $(STAMP)  ## put the code into the house's format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(STAMP)  ## what a training step costs on this machine
-	$(BIN)/python -m benchmarks.step
+bench: $(STAMP)  ## every benchmark, with its defaults
+	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
