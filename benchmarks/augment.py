@@ -30,12 +30,13 @@ import PIL
 import torch
 import torchvision
 from PIL import Image
+from torchvision import transforms as T
+
 from quietvit.data.blur import gaussian_blur
 from quietvit.data.color import recolor, solarize
 from quietvit.data.crops import MultiCrop
 from quietvit.data.decode import decode_bytes
 from quietvit.data.resample import resize_box
-from torchvision import transforms as T
 
 TAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-samples.tar"
 BLOCK = 10  # images per turn

@@ -1,4 +1,4 @@
-"""Makes tests/reference.py importable from every test folder and keeps torch's threads in bounds."""
+"""Makes tests/reference.py importable from every test folder."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from quietvit.contracts import Extractor
-from quietvit.data.sources import Source
 from torch import Tensor
 
+from quietvit.contracts import Extractor
+from quietvit.data.sources import Source
 from quietvit_eval.extract import Reading, Tokens, extract
 from quietvit_eval.transform import EvalTransform
 

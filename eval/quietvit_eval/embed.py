@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+
 from quietvit.contracts import BadSample, Extractor
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_atomically
 from quietvit.weights.extractor import load
-from rich.console import Console
-
 from quietvit_eval.evaluate import identity_of
 from quietvit_eval.extract import Reading, Tokens, stream
 from quietvit_eval.transform import choose_transform, eval_size

@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import quietvit
 import torch
+from rich.console import Console
+
+import quietvit
 from quietvit.contracts import Extractor
 from quietvit.data.sources import Source, open_source
 from quietvit.train.environment import hardware
 from quietvit.weights.extractor import BackboneExtractor, load, random_like
-from rich.console import Console
-
 from quietvit_eval.accuracy import standard_error
 from quietvit_eval.cards import Card, write_card
 from quietvit_eval.data import EvalData, choose_splits

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from quietvit.contracts import BadSample, Extractor
-from quietvit.data.decode import UnreadableImage
-from quietvit.data.sources import Source
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from quietvit.contracts import BadSample, Extractor
+from quietvit.data.decode import UnreadableImage
+from quietvit.data.sources import Source
 from quietvit_eval.transform import EvalTransform
 
 RAM_BYTES = 4 * 1024**3  # ours: greater arrays live in a file that is gone when the process ends

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from quietvit.contracts import Extractor
 from quietvit.features.knn import KS, TEMP, knn_scores
-
 from quietvit_eval.accuracy import mean_per_class, top_k_hits
 from quietvit_eval.data import EvalData, Result
 

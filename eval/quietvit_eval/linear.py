@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from quietvit.contracts import Extractor
 from torch import Tensor
 
+from quietvit.contracts import Extractor
 from quietvit_eval.accuracy import mean_per_class, top_k_hits
 from quietvit_eval.data import EvalData, Labelled, Result
 

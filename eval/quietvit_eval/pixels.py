@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from quietvit.contracts import Extractor, Features
 from torch import Tensor
+
+from quietvit.contracts import Extractor, Features
 
 MOST = 64  # ours: 12,288 numbers an image; at 224 pixels a bank of ImageNet would take 770 GB
 

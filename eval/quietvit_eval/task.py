@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any, Protocol
 
 from quietvit.contracts import Extractor
-
 from quietvit_eval.data import EvalData, Result
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask

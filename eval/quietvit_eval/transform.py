@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from torch import Tensor
+
 from quietvit.contracts import Extractor
 from quietvit.data.center import center_view
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.sources import Source
-from torch import Tensor
 
 MOST = 224  # DINOv2 scores at 224 pixels whatever the training size (518 for the released models)
 BORDER = 256 / 224  # DINOv2, and ImageNet practice before it: shorter side 256, crop 224

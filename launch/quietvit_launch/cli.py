@@ -60,7 +60,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--select",
         choices=("held_out", "val"),
         default="held_out",
-        help="linear head chosen on a part of train that it was not fitted on (default), or on the test data as in the DINOv2 paper",
+        help="linear head chosen on a held-out part of train (default), or on the test data as in the DINOv2 paper",
     )
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument("--workers", type=int, default=0)
@@ -78,15 +78,16 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     embed.add_argument("--batch-size", type=int, default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
-    export = commands.add_parser("export", help="write the teacher as a folder that others can use, checked by reloading")
+    export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
     export.add_argument("model", help="run folder or teacher.safetensors")
     export.add_argument("--out", required=True, help="new folder")
     export.set_defaults(run=_export)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from quietvit_launch.job import Job, run_job
     from rich.console import Console
+
+    from quietvit_launch.job import Job, run_job
 
     return run_job(Job(args.recipe, tuple(args.overrides), args.out), Console())
 
@@ -131,7 +132,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. A user's mistake is one message on stderr and exit code 2; a fault of ours is a traceback."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
+    if args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

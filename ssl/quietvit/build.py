@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -19,9 +19,11 @@ from quietvit.config.load import config_hash
 from quietvit.config.resolve import Plan, plan
 from quietvit.config.schema import HeadConfig, RunConfig
 from quietvit.contracts import Batch
-from quietvit.data.crops import MultiCrop
-from quietvit.data.loader import BadImages, make_loader
-from quietvit.data.sources import Source, cached, open_source
+from quietvit.data.crops import BlurChoice, MultiCrop
+from quietvit.data.loader import MultiCropBatches, make_loader
+from quietvit.data.quarantine import BadImages
+from quietvit.data.ram_cache import cached
+from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.methods import METHODS
 from quietvit.optim import make_optimizer, parameter_groups
@@ -167,7 +169,7 @@ def build_schedules(config: RunConfig, the_plan: Plan) -> schedules.Schedules:
 def _open_source(config: RunConfig) -> Source:
     data = config.data
     source = open_source(data.source, data.path, split=data.split, **data.options)
-    return cached(source, limit_mb=data.ram_cache_mb)
+    return cached(source, min_side=build_crops(config).min_side, max_mb=data.ram_cache_mb)
 
 
 def _optimizer(config: RunConfig, method: Any) -> torch.optim.Optimizer:
@@ -192,11 +194,11 @@ def build_crops(config: RunConfig) -> MultiCrop:
         global_scale=crops.global_scale,
         local_scale=crops.local_scale,
         color_strength=crops.color_strength,
-        color_prob=crops.color_probability,
+        jitter_prob=crops.color_probability,
         grayscale_prob=crops.grayscale_probability,
         solarize_prob=crops.solarize_probability,
         flip_prob=crops.flip_probability,
-        blur=crops.blur,
+        blur=cast(BlurChoice, crops.blur),
         blur_kernel=crops.blur_kernel,
         blur_sigma=crops.blur_sigma,
     )
@@ -212,15 +214,19 @@ def _workers(config: RunConfig) -> int:
 def _batches(
     config: RunConfig, source: Source, the_plan: Plan, device: torch.device
 ) -> Callable[[int], Iterator[Batch]]:
+    steps = MultiCropBatches(
+        source,
+        build_crops(config),
+        seed=config.train.seed,
+        batch_size=the_plan.batch_size,
+        patch_grid=the_plan.grid,
+        mask_probability=config.masks.probability,
+        mask_ratio=config.masks.ratio,
+    )
+
     def batches(start: int) -> Iterator[Batch]:
         loader = make_loader(
-            source,
-            crops=build_crops(config),
-            grid=the_plan.grid,
-            mask_probability=config.masks.probability,
-            mask_ratio=config.masks.ratio,
-            seed=config.train.seed,
-            batch_size=the_plan.batch_size,
+            steps,
             start_step=start,
             total_steps=the_plan.steps,
             workers=_workers(config),
@@ -231,7 +237,9 @@ def _batches(
     return batches
 
 
-def _batch_size(config: RunConfig, backbone: nn.Module, device: torch.device, precision: torch.dtype) -> tuple[int, int]:
+def _batch_size(
+    config: RunConfig, backbone: nn.Module, device: torch.device, precision: torch.dtype
+) -> tuple[int, int]:
     crops, accumulate = config.crops, config.train.accumulate
     stride, extra = int(backbone.stride), 1 + config.model.num_registers  # type: ignore[arg-type]
     patches = (crops.global_size // stride) ** 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
@@ -24,7 +22,7 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def sum_over_ranks(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+def sum_over_ranks(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
     """Sum over all ranks. Returns a new tensor: the caller's is never changed."""
     if not is_distributed():
         return x
@@ -33,7 +31,7 @@ def sum_over_ranks(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     return out
 
 
-def max_over_ranks(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+def max_over_ranks(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
     """Elementwise maximum over all ranks, as a new tensor."""
     if not is_distributed():
         return x
@@ -46,4 +44,4 @@ def gather_rows(x: Float[Tensor, "B D"]) -> Float[Tensor, "W*B D"]:
     """Rows of all ranks in rank order, with gradient flowing back to each owner. All ranks hold equally many."""
     if not is_distributed():
         return x
-    return cast(Tensor, torch.cat(dist_fn.all_gather(x), dim=0))
+    return torch.cat(dist_fn.all_gather(x), dim=0)

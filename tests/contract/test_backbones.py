@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.backbones import BACKBONES, Trunk, make_backbone
 from quietvit.contracts import Features
-from torch import Tensor
 
 pytestmark = pytest.mark.parametrize("name", BACKBONES)
 

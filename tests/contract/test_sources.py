@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from quietvit.data.sources import DATASETS, Source, open_source
 
 Opened = tuple[str | None, dict[str, Any]]

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
 from quietvit.losses.centering import SoftmaxCentering, sinkhorn_knopp
 from quietvit.losses.koleo import koleo_loss
 from reference import case
-from torch import Tensor
 
 RUNS = ["rank0", "rank1"]
 TEMP = 0.07

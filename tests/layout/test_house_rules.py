@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from quietvit.config.schema import RunConfig
 
 REPO = Path(__file__).parents[2]

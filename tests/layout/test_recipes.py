@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+
 from quietvit.config.load import load_config, recipes
 
 CONFIGS = Path(__file__).parents[2] / "configs"

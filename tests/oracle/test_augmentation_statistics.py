@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from quietvit.data.crops import MultiCrop, View
 from reference import case
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from quietvit.contracts import Features
 from quietvit.features.knn import knn_accuracy, knn_scores
 from quietvit_eval.accuracy import mean_per_class, per_class, top_k_hits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+
 from quietvit.nn.heads import ProjectionHead
 from reference import VECTORS, Case, case
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
+
 from quietvit.losses.centering import SoftmaxCentering, sinkhorn_knopp
 from quietvit.losses.dino import view_cross_entropy
 from quietvit.losses.gram import gram_loss
 from quietvit.losses.ibot import ibot_loss
 from quietvit.losses.koleo import koleo_loss
 from reference import VECTORS, Case, case
-from torch import Tensor
 
 
 def runs(name: str) -> list[str]:

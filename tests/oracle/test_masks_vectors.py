@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from quietvit.data.collate import Views, collate
 from quietvit.data.masks import batch_masks, block_mask, mask_counts
 from reference import VECTORS, case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quietvit.schedules import Cosine, Linear, Schedules
 from reference import case
 

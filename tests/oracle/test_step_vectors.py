@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from quietvit import optim
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Batch
@@ -16,7 +18,6 @@ from quietvit.losses.koleo import koleo_over_views
 from quietvit.methods.dinov2 import DinoV2
 from quietvit.schedules import Cosine, Linear, Schedules
 from reference import VECTORS, Case, case
-from torch import Tensor, nn
 
 STEPS = ["ssl_centering_shared_head", "ssl_sinkhorn_separate_heads"]
 

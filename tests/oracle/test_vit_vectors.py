@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.backbones import make_backbone
 from quietvit.backbones.trunk import Trunk
 from quietvit.contracts import Features
@@ -16,7 +18,6 @@ from quietvit.nn.drop_path import branch_drop, drop_rates, subset_size
 from quietvit.nn.packing import pack, unpack
 from quietvit.nn.position import resize_positions
 from reference import VECTORS, Case, case
-from torch import Tensor
 
 MODELS = (
     "p14_reg0_mlp_plain",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.backbones import make_backbone
 from quietvit.nn.attention import ATTENTION
 from quietvit.nn.packing import Groups
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.cuda,

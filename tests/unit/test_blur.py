@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from PIL import Image
+
 from quietvit.data.blur import gaussian_blur, gaussian_taps
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from quietvit.files import write_atomically, write_text
 from quietvit.train import checkpoint
 from quietvit.train.checkpoint import CheckpointError, complete, load, save

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from PIL import Image
+
 from quietvit.data.color import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter, recolor, solarize
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)

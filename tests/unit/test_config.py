@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quietvit.config import resolve
 from quietvit.config.load import (
     ConfigError,
@@ -71,7 +72,9 @@ def test_overrides_win_and_change_the_hash() -> None:
 
 
 def test_settings_that_change_nothing_computed_may_differ_on_resume() -> None:
-    assert differences(load_config("quickstart"), load_config("quickstart", ["data.workers=3", "checkpoint.keep=9"])) == []
+    assert (
+        differences(load_config("quickstart"), load_config("quickstart", ["data.workers=3", "checkpoint.keep=9"])) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
 from PIL import Image
-from quietvit.data.crops import MultiCrop, View
 from torchvision.transforms import InterpolationMode
+
+from quietvit.data.crops import MultiCrop, View
 
 TINY = MultiCrop(global_size=24, local_size=12, blur_kernel=5, blur_sigma=(0.1, 0.6))
 

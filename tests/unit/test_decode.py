@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+
 from quietvit.data import decode
 from quietvit.data.decode import UnreadableImage, decode_bytes, decode_file, is_image_name
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quietvit
 import torch
+from torch import Tensor
+
+import quietvit
 from quietvit.backbones import make_backbone
 from quietvit.weights.dinov2 import backbone_tensors, infer_arguments, load_dinov2
 from quietvit.weights.native import load_strictly, weights_hash
 from reference import VECTORS
-from torch import Tensor
 
 NAMES = json.loads((VECTORS / "09_names" / "dinov2_state_dict_shapes.json").read_text())["models"]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.nn.drop_path import add_residual, branch_drop, draw_drop, drop_rates, subset_is_faithful, subset_size
 from quietvit.nn.packing import Groups, unpack
-from torch import Tensor
 
 CPU = torch.device("cpu")
 DOUBLE = torch.double

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from quietvit.data import folder as folder_module
 from quietvit.data import index_cache
 from quietvit.data.decode import UnreadableImage

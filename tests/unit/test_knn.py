@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from quietvit.features.knn import knn_accuracy, knn_scores
 from torch import Tensor
+
+from quietvit.features.knn import knn_accuracy, knn_scores
 
 
 def loop_scores(bank: Tensor, labels: Tensor, queries: Tensor, k: int, kmax: int, temp: float, classes: int) -> Tensor:

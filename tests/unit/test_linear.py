@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from quietvit_eval.accuracy import mean_per_class, per_class, standard_error, top_k_hits
 from quietvit_eval.linear import LRS, LinearOptions, Rows, accuracies, make_groups, train_heads
-from torch import nn
 
 CPU = torch.device("cpu")
 

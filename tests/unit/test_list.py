@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.listing import ListSource
 

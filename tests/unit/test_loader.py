@@ -10,13 +10,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.contracts import BadSample, Batch
 from quietvit.data.crops import MultiCrop
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.loader import MAX_ATTEMPTS, MultiCropBatches, make_loader
 from quietvit.data.quarantine import TooManyUnreadable
 from quietvit.data.sampler import SampleOrder
-from torch import Tensor
 
 
 class Noise:

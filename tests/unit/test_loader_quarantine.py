@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quietvit.contracts import BadSample
 from quietvit.data.quarantine import BadImages, TooManyUnreadable
 

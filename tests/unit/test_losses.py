@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.losses.centering import SoftmaxCentering, sinkhorn_knopp
 from quietvit.losses.cross_entropy import soft_cross_entropy
 from quietvit.losses.dino import dino_losses, view_cross_entropy
 from quietvit.losses.gram import gram_loss
 from quietvit.losses.ibot import ibot_loss
 from quietvit.losses.koleo import koleo_loss, koleo_over_views
-from torch import Tensor
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from quietvit.data.masks import batch_masks, block_mask, mask_counts
 
 GRIDS = [(1, 2), (2, 2), (3, 3), (4, 4), (3, 7), (12, 5), (14, 14)]

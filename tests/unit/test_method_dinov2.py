@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Batch
 from quietvit.methods import METHODS
 from quietvit.methods.dinov2 import DinoV2
 from quietvit.train.accumulate import split
-from torch import Tensor
 
 HEAD = {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8}
 NAMES = ["dino_local", "dino_global", "ibot", "koleo"]

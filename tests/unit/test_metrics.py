@@ -9,10 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from quietvit.train.metrics import MetricsLog, read_metrics
 from quietvit.train.progress import Progress, duration
 from quietvit.train.signals import StopRequest
-from rich.console import Console
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quietvit
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import quietvit
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Extractor
 from quietvit.weights import load_backbone, random_like, save_teacher
 from quietvit.weights.native import METADATA_KEY, load_strictly, weights_hash
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 

@@ -8,10 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.nn import attention
 from quietvit.nn.attention import ATTENTION, AUTO_ORDER, Attention, AttentionBackend, choose_attention
 from quietvit.nn.packing import Groups, pack, unpack
-from torch import Tensor
 
 GROUPS: Groups = ((2, 5), (3, 2), (1, 7))
 

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from quietvit.nn.attention import ATTENTION
 from quietvit.nn.block import Block
 from quietvit.nn.feed_forward import Mlp, SwiGlu, swiglu_width
 from quietvit.nn.patch_embed import PatchEmbed
-from torch import Tensor
 
 
 @pytest.mark.parametrize(("dim", "width"), [(384, 1024), (768, 2048), (1024, 2736), (1536, 4096), (32, 88)])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from quietvit.nn.position import resize_matrix, resize_positions
 from torch import Tensor
+
+from quietvit.nn.position import resize_matrix, resize_positions
 
 
 def table(side: int, dim: int = 3) -> Tensor:

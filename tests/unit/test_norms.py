@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quietvit.features.norms import outlier_share, outlier_threshold
 
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from quietvit import optim
 from quietvit.nn.heads import ProjectionHead
-from torch import nn
 
 
 class Backbone(nn.Module):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quietvit.data.resample import NUM_TRIES, Box, draw_box, resize_box
 from torchvision.transforms import RandomResizedCrop
+
+from quietvit.data.resample import NUM_TRIES, Box, draw_box, resize_box
 
 RATIO = (3 / 4, 4 / 3)
 

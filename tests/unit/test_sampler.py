@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quietvit.data.sampler import SampleOrder, batch_rng, pass_order, replacement, sample_rng
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from quietvit.schedules import Cosine, Linear, Schedules
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from quietvit.data.sources import detect_kind, open_source
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.folder import FolderSource
 from quietvit.data.ram_cache import CachedSource, cached

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from quietvit.data import tar as tar_module
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.tar import TarSource, find_shards

@@ -22,10 +22,14 @@ from quietvit.data.resample import NUM_TRIES, Box, draw_box, resize_box
 
 __all__ = ["BlurChoice", "MultiCrop", "View"]
 
-BlurChoice = Literal["reference_as_run", "paper"]
+BlurChoice = Literal["reference_as_run", "paper", "none"]
 
 # Blur probability of the first global view, the other global views, the local views (reference/training.md 5.1).
-_BLUR: dict[str, tuple[float, float, float]] = {"reference_as_run": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
+_BLUR: dict[str, tuple[float, float, float]] = {
+    "reference_as_run": (0.0, 0.9, 0.5),
+    "paper": (1.0, 0.1, 0.5),
+    "none": (0.0, 0.0, 0.0),  # for views of a few dozen pixels, where blur leaves nothing
+}
 
 # Columns of the table of uniform numbers from which one view is made. Every view takes the whole row, whatever comes
 # of it, so that changing one probability or strength leaves all other draws of the image as they were.

@@ -1,9 +1,9 @@
 """Checkpoints: a folder per kept step, written under a temporary name and renamed, so a reader never sees half of one.
 
-    <run>/checkpoints/step_00001000/state.safetensors   student, teacher, optimizer moments, centers
-                                    state.json           counters and the hash of the config
-                                    teacher.safetensors  the backbone to use, and its JSON
-    <run>/teacher.safetensors, teacher.json              the newest of them
+<run>/checkpoints/step_00001000/state.safetensors   student, teacher, optimizer moments, centers
+                                state.json           counters and the hash of the config
+                                teacher.safetensors  the backbone to use, and its JSON
+<run>/teacher.safetensors, teacher.json              the newest of them
 """
 
 from __future__ import annotations

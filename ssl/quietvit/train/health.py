@@ -107,7 +107,7 @@ def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progr
     The bounds are ours: a collapsed model has rank 1 to 3 and one prototype, a healthy one tens and hundreds. The first
     tenth of a run is left in peace.
     """
-    said = []
+    said: list[str] = []
     if progress < 0.1:
         return said
     if values.get("rank", math.inf) < max(2.0, 0.02 * embed_dim):

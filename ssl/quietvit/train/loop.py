@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from quietvit.contracts import Batch
-from quietvit.data.loader import BadImages
+from quietvit.data.quarantine import BadImages
 from quietvit.schedules import Schedules
 from quietvit.train import checkpoint, state
 from quietvit.train.accumulate import split
@@ -118,7 +118,7 @@ class _Loop:
         before = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - before
-        t.bad_images.record(batch.bad)
+        t.bad_images.add(batch.bad)
         micro = split(batch.to(t.device), t.accumulate)
         seed_step(t.seed, step)
         at = t.schedules.at(step)

@@ -45,7 +45,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Write one record. Numbers that are not finite become null: JSON has no NaN."""
@@ -55,12 +55,12 @@ class MetricsLog:
         if self._board is not None:
             for key, value in clean.items():
                 if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
 
     def __enter__(self) -> MetricsLog:
         return self

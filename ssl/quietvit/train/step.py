@@ -90,9 +90,7 @@ def train_step(
         for name, value in state.items():
             value.copy_(before[name])
     else:
-        optim.apply_schedule(
-            optimizer, lr=at.lr, last_layer_lr=at.last_layer_lr, weight_decay=at.weight_decay
-        )
+        optim.apply_schedule(optimizer, lr=at.lr, last_layer_lr=at.last_layer_lr, weight_decay=at.weight_decay)
         optimizer.step()
         method.follow(at.momentum)
     optimizer.zero_grad(set_to_none=True)

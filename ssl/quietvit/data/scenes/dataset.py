@@ -107,4 +107,4 @@ class Scenes:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-HEADLINE = "material"  # the label called "class"
+HEADLINE = "background"  # the label called "class": the one that self-supervision learns first

@@ -207,7 +207,7 @@ BACKGROUNDS: dict[str, Pattern] = {
 def paint(
     pattern: Pattern, u: Field, v: Field, draws: Draws, *, period: float, turn: float
 ) -> Float32[np.ndarray, "... 3"]:
-    """Colours in [0, 1] of a pattern at coordinates u, v of a surface, with a `period` in their unit, turned by radians."""
+    """Colours in [0, 1] of a pattern at surface coordinates u, v; `period` in their unit, `turn` in radians."""
     cos, sin = math.cos(turn) / period, math.sin(turn) / period
     shift_u, shift_v = draws.uniform(0, _CELLS), draws.uniform(0, _CELLS)
     field = pattern(u * cos + (v * sin + shift_u), v * cos + (shift_v - u * sin), draws)
@@ -225,16 +225,17 @@ def _ramp(draws: Draws) -> Float32[np.ndarray, "64 3"]:
     """A ramp from a darker to a lighter shade of one random colour, through a third shade.
 
     The ends differ in hue only a little: in the world a texture is mostly a matter of shade, and joints are dark.
+    Colours are muted: vivid ones tell pictures apart so well that a method that matches crops need learn little else.
     """
-    base = [draws.uniform(-0.4, 0.4) for _ in range(3)]
-    dark = draws.uniform(0.08, 0.35)
-    light = dark + draws.uniform(0.4, 0.55)
+    base = [draws.uniform(-0.18, 0.18) for _ in range(3)]
+    dark = draws.uniform(0.06, 0.28)
+    light = dark + draws.uniform(0.5, 0.6)
     stops = [_shade(base, luminance, draws) for luminance in (dark, (dark + light) / 2, light)]
     return _BLEND @ np.array(stops, dtype=np.float32)
 
 
 def _shade(base: list[float], luminance: float, draws: Draws) -> list[float]:
     """An RGB colour near `base` and of about the given luminance, in [0.02, 0.98]."""
-    red, green, blue = (c + draws.uniform(-0.1, 0.1) for c in base)
+    red, green, blue = (c + draws.uniform(-0.07, 0.07) for c in base)
     shift = luminance - (0.299 * red + 0.587 * green + 0.114 * blue)  # ITU-R BT.601
     return [min(max(c + shift, 0.02), 0.98) for c in (red, green, blue)]

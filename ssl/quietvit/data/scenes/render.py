@@ -47,8 +47,8 @@ class _Camera:
 
     def __init__(self, side: int, draws: Draws) -> None:
         self.half = math.tan(math.radians(draws.uniform(44.0, 54.0)) / 2)  # of the field of view: a normal lens
-        self.nod = math.radians(draws.uniform(-1.0, 6.0))
-        self.eye = draws.uniform(0.55, 0.85)
+        self.nod = math.radians(draws.uniform(-4.0, 3.0))
+        self.eye = draws.uniform(0.45, 0.75)
         at = ((np.arange(side) + 0.5) * (2 / side) - 1).astype(np.float32) * np.float32(self.half)
         self.right = at[None, :]
         self.fall = (-at * math.cos(self.nod) - math.sin(self.nod))[:, None]
@@ -99,9 +99,9 @@ def _place(shape: int, material: int, draws: Draws) -> list[_Solid]:
     main = _Solid(
         shape,
         material,
-        x=draws.uniform(-0.3, 0.3),
-        z=draws.uniform(2.1, 2.6),
-        scale=draws.uniform(1.05, 1.35),
+        x=draws.uniform(-0.45, 0.45),
+        z=draws.uniform(2.2, 2.8),
+        scale=draws.uniform(0.9, 1.25),
         yaw=draws.uniform(0, 2 * math.pi),
     )
     solids = [main]
@@ -125,17 +125,18 @@ def _stage(
     camera: _Camera, background: int, solids: list[_Solid], draws: Draws
 ) -> tuple[Float32[np.ndarray, "s s 3"], Float32[np.ndarray, "s s"]]:
     """Colours and nearness (1 / metres) of wall and floor, with the solids' soft shadows."""
-    yaw, distance = draws.uniform(-0.5, 0.5), draws.uniform(3.4, 4.6)
+    yaw, distance = draws.uniform(-0.4, 0.4), draws.uniform(4.0, 5.2)
     cos, sin = math.cos(yaw) / distance, math.sin(yaw) / distance
     near = camera.right * sin + camera.ahead * cos
     u = (camera.right * cos - camera.ahead * sin) / near
     v = camera.fall / near
     # In the wall's own units of its distance: 1/10 to 1/5 of the picture, 6 to 13 of 64 pixels.
-    period = camera.half * draws.uniform(0.2, 0.29)
+    period = camera.half * draws.uniform(0.21, 0.29)
     turn = draws.uniform(-0.12, 0.12)  # people hang things nearly straight
     colour = paint(_BACKGROUNDS[background], u, v / distance, draws, period=period, turn=turn)
     colour *= draws.uniform(0.8, 1.0)
-    tone = np.array([draws.uniform(0.15, 0.9) for _ in range(3)], dtype=np.float32)
+    grey = draws.uniform(0.25, 0.8)
+    tone = np.array([grey + draws.uniform(-0.15, 0.15) for _ in range(3)], dtype=np.float32)
     floor = camera.fall * (-1 / camera.eye)
     rows = slice(int((floor[:, 0] <= near.min(axis=1)).sum()), None)  # the floor grows nearer row by row
     shade = _floor_light(camera, rows, 1 / np.maximum(floor[rows], np.float32(0.02)), solids)
