@@ -44,7 +44,7 @@ class Reading:
 
     batch_size: int = 64  # ours: fills a GPU at 224 pixels, and fits a small one
     workers: int = 0  # 0: in this process
-    console: Console | None = None  # progress is shown on it; None: silence
+    console: Console | None = None  # progress is shown on it if it is a terminal; None: silence
     scratch: Path | None = None  # folder for arrays too large for memory; None: the system's
 
 
@@ -93,7 +93,7 @@ def stream(
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (extractor.mean, extractor.std))
     batches: Iterator[_Read] = iter(loader)
-    if reading.console is not None:
+    if reading.console is not None and reading.console.is_terminal:
         batches = iter(track(loader, what, console=reading.console, transient=True))
     for batch in batches:
         if not batch.images:

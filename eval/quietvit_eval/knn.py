@@ -31,24 +31,24 @@ class KnnTask:
     options = KnnOptions
 
     def run(self, extractor: Extractor, data: EvalData, options: KnnOptions) -> Result:
-        """Scores "top1@k", "top5@k" for each k up to the size of the bank, and the mean per class at the headline k."""
+        """Scores "top1@k" for each k up to the size of the bank; at the headline k also top-5 and the mean per class."""
         train, test = data.features(extractor, "train"), data.features(extractor, "test")
         ks = sorted({min(k, len(train.labels)) for k in options.ks})
-        hits: dict[tuple[int, int], list[torch.Tensor]] = {(top, k): [] for top in (1, 5) for k in ks}
+        k = HEADLINE_K if HEADLINE_K in ks else ks[-1]
+        wanted = [(1, k) for k in ks] + ([(5, k)] if data.num_classes > 5 else [])
+        hits: dict[tuple[int, int], list[torch.Tensor]] = {pair: [] for pair in wanted}
         for start in range(0, len(test.labels), BLOCK):
             queries = test.cls[start : start + BLOCK].to(data.device)
             labels = test.labels[start : start + BLOCK].to(data.device)
             scores = knn_scores(
                 train.cls, train.labels, queries, ks=ks, temp=options.temp, num_classes=data.num_classes
             )
-            for (top, k), found in hits.items():
+            for (top, near), found in hits.items():
                 # A class without any vote is no candidate: its place in the top 5 would come from its number alone.
-                votes = scores[k].masked_fill(scores[k] == 0, -math.inf)
+                votes = scores[near].masked_fill(scores[near] == 0, -math.inf)
                 found.append(top_k_hits(votes, labels, top).cpu())
-        whole = {key: torch.cat(parts) for key, parts in hits.items()}
-        k = HEADLINE_K if HEADLINE_K in ks else ks[-1]
-        tops = (1, 5) if data.num_classes > 5 else (1,)
-        shares = {f"top{top}@{k}": float(h.double().mean()) for (top, k), h in whole.items() if top in tops}
+        whole = {pair: torch.cat(parts) for pair, parts in hits.items()}
+        shares = {f"top{top}@{near}": float(h.double().mean()) for (top, near), h in whole.items()}
         shares[f"mean_per_class@{k}"] = mean_per_class(whole[1, k], test.labels, data.num_classes)
         protocol = {"name": "k-NN on [CLS] of the last block", "ks": ks, "temp": options.temp, "headline_k": k}
         return Result(shares, f"top1@{k}", protocol, {"bank": len(train.labels)})

@@ -30,7 +30,7 @@ class EvalTransform:
 
     def __call__(self, pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[Tensor, "3 S S"]:
         view = center_view(pixels, self.image_size, resize=self.resize)
-        return torch.from_numpy(view).permute(2, 0, 1).contiguous()
+        return torch.tensor(view).permute(2, 0, 1).contiguous()
 
 
 def eval_size(extractor: Extractor, image_size: int | None = None) -> int:

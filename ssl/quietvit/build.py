@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from quietvit import schedules
-from quietvit.backbones import make_backbone
+from quietvit.backbones import Trunk, make_backbone
 from quietvit.config.load import config_hash
 from quietvit.config.resolve import Plan, plan
 from quietvit.config.schema import HeadConfig, RunConfig
@@ -56,9 +56,9 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
     source = _open_source(config)
     torch.manual_seed(config.train.seed)
     method = build_method(config).to(device)
-    backbone: nn.Module = method.student["backbone"]
+    backbone: Trunk = method.student["backbone"]
     batch_size, memory = _batch_size(config, backbone, device, precision)
-    the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=int(backbone.stride))
+    the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=backbone.stride)
     write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
     bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share)
     parameters = sum(p.numel() for p in backbone.parameters())
@@ -66,7 +66,8 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         f"data: {source.name}\n"
         f"model: {config.model.backbone} {config.model.size}, patch {backbone.stride}, {config.model.num_registers} "
         f"registers, {parameters / 1e6:.2f} M parameters\n"
-        f"run: {the_plan.steps} steps of {batch_size} images = {the_plan.passes:.1f} passes, peak lr {the_plan.lr:.2g}\n"
+        f"run: {the_plan.steps} steps of {batch_size} images = {the_plan.passes:.1f} passes, "
+        f"peak lr {the_plan.lr:.2g}\n"
         f"on: {device}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about {memory / GIB:.1f} GiB needed, "
         f"{free_memory(device) / GIB:.1f} GiB free",
         highlight=False,
@@ -93,7 +94,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         bad_images=bad_images,
         save_teacher=partial(_save_teacher, config, source),
         meta={"config_hash": config_hash(config)},
-        embed_dim=int(backbone.embed_dim),
+        embed_dim=backbone.embed_dim,
         prototypes=config.objective.head.num_prototypes,
         console=console,
     )
@@ -237,17 +238,16 @@ def _batches(
     return batches
 
 
-def _batch_size(
-    config: RunConfig, backbone: nn.Module, device: torch.device, precision: torch.dtype
-) -> tuple[int, int]:
+def _batch_size(config: RunConfig, backbone: Trunk, device: torch.device, precision: torch.dtype) -> tuple[int, int]:
+    """Images per step and the estimated bytes that one micro-batch of them takes."""
     crops, accumulate = config.crops, config.train.accumulate
-    stride, extra = int(backbone.stride), 1 + config.model.num_registers  # type: ignore[arg-type]
+    stride, extra = backbone.stride, 1 + config.model.num_registers
     patches = (crops.global_size // stride) ** 2
-    dim = int(backbone.embed_dim)  # type: ignore[arg-type]
+    dim = backbone.embed_dim
     shapes = Shapes(
         parameters=sum(p.numel() for p in backbone.parameters()),
         embed_dim=dim,
-        depth=int(backbone.num_blocks),  # type: ignore[arg-type]
+        depth=backbone.num_blocks,
         ffn_dim=4 * dim,
         global_tokens=patches + extra,
         local_tokens=(crops.local_size // stride) ** 2 + extra,

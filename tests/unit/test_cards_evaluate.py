@@ -43,7 +43,8 @@ class Colours:
         if index in self.broken:
             raise UnreadableImage(self.item_name(index), "cut short")
         noise = np.random.default_rng(index + self.offset).normal(0, 30, (16, 16, 3))
-        return np.clip(self.TINTS[index % 3] + noise, 0, 255).astype(np.uint8)
+        pixels: np.ndarray = np.clip(self.TINTS[index % 3] + noise, 0, 255).astype(np.uint8)
+        return pixels
 
     def item_name(self, index: int) -> str:
         return f"{index:04d}.png"
@@ -74,7 +75,8 @@ def test_cards_hold_the_scores_and_what_they_rest_on(run: Path, tmp_path: Path) 
         device="cpu", console=console,
     )  # fmt: skip
     assert [(c.subject, c.task) for c in cards] == [
-        (s, t) for s in ("model", "random-init", "pixels") for t in ("knn", "linear")
+        *((s, t) for s in ("model", "random-init") for t in ("knn", "linear")),
+        ("pixels", "knn"),
     ]
     model = load(run, device="cpu")
     for card in cards:
@@ -133,8 +135,17 @@ def test_only_like_protocols_share_a_table(run: Path) -> None:
     assert console.file.getvalue().count("knn, label") == 3  # type: ignore[attr-defined]
 
 
-def test_one_class_file_sources_and_specs_work_too() -> None:
-    assert len(DataSpec("scenes", train_split="train", test_split="val", options={"image_size": 16}).open()) == 2
+def test_a_spec_opens_both_splits() -> None:
+    train, test = DataSpec("scenes", options={"image_size": 16}).open()
+    assert train.fingerprint() != test.fingerprint()
+    assert test.load(0).shape == (16, 16, 3)
+
+
+def test_the_pixel_control_is_k_nn_whatever_the_tasks(run: Path) -> None:
+    cards = evaluate(run, ["linear"], SOURCES, pixels=True, options=QUICK)
+    assert [(c.subject, c.task) for c in cards] == [("model", "linear"), ("pixels", "knn")]
+    like = evaluate(run, ["knn"], SOURCES)[0]
+    assert cards[1].protocol_key() == like.protocol_key()  # so they may be compared
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The view that is judged: shorter side resized, centre cut out. One function for live probes and offline evaluation."""
+"""The view that is judged: shorter side resized, centre cut out. The same for live probes and offline evaluation."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from quietvit.contracts import Batch
 def split(batch: Batch, parts: int) -> list[Batch]:
     """Cut a batch of B images into `parts` batches of B/parts images, each crop-major again.
 
-    The masks stay with their crops, so the micro-batches together hold exactly the batch. Teacher targets are computed
-    over all of them (methods.*.teach), and the mean of the micro-batch losses is the loss of the whole batch; only KoLeo
+    The masks stay with their crops, so the micro-batches together hold exactly the batch. Teacher targets are those of
+    all of them (methods.*.teach), and the mean of the micro-batch losses is the loss of the whole batch; only KoLeo
     looks for neighbours within a micro-batch, as it does within one GPU's batch in DINOv2.
     """
     if parts == 1:

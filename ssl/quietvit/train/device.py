@@ -115,6 +115,6 @@ def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate
         batch //= 2
     need = step_memory(shapes, 2, bytes_per_value=bytes_per_value) / GIB
     raise ValueError(
-        f"a batch of 2 images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a smaller model.size, "
-        "smaller crops or fewer prototypes (objective.head.num_prototypes)"
+        f"a batch of 2 images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a smaller "
+        "model.size, smaller crops or fewer prototypes (objective.head.num_prototypes)"
     )

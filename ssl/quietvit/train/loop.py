@@ -177,8 +177,8 @@ class _Loop:
         self.progress.say(f"step {step + 1} skipped, nothing changed: not finite: {terms}")
         if self.bad_in_a_row >= self.t.max_bad_steps:
             raise TrainingStoppedError(
-                f"stopped at step {step + 1}: {self.bad_in_a_row} steps in a row were not finite ({terms}). The weights "
-                "are those from before the first of them; the newest checkpoint is good. Try half of optim.lr, "
+                f"stopped at step {step + 1}: {self.bad_in_a_row} steps in a row were not finite ({terms}). The "
+                "weights are those from before the first of them; the newest checkpoint is good. Try half of optim.lr, "
                 "train.precision=fp32, or look at the images of the last batches"
             )
 

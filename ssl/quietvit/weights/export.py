@@ -77,7 +77,7 @@ features = extractor(images)  # [B, 3, H, W], normalised; -> features.cls [B D],
 ```
 
 Input: RGB in [0, 1], minus {mean}, divided by {std}. Trained at {meta["image_size"]} px.
-Reloaded before it was written here: greatest difference {report["max_difference"]:g} on {report["images_compared"]} images.
+Reloaded and compared on {report["images_compared"]} images: greatest difference {report["max_difference"]:g}.
 
 | argument | value |
 | --- | --- |
