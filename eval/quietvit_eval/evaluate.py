@@ -104,7 +104,7 @@ def evaluate(
         max(find_task(name).blocks for name in settings),
         Reading(batch_size, workers, console, folder),
         seed,
-        getattr(extractor, "device", torch.device("cpu")),
+        _task_device(extractor),
     )
     cards = []
     for subject, candidate in _subjects(extractor, random_init, pixels, data.transform.image_size):
@@ -117,6 +117,12 @@ def evaluate(
     if console is not None:
         print_cards(cards, console)
     return cards
+
+
+def _task_device(extractor: Extractor) -> torch.device:
+    """Where tasks compute: with the model on CUDA, else on the CPU (MPS lacks parts of what k-NN needs)."""
+    device = getattr(extractor, "device", torch.device("cpu"))
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _settings(tasks: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

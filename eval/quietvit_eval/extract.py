@@ -91,7 +91,8 @@ def stream(
     loader = DataLoader(
         _Views(source, indices, transform), reading.batch_size, num_workers=reading.workers, collate_fn=_join
     )
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (extractor.mean, extractor.std))
+    device = getattr(extractor, "device", torch.device("cpu"))  # bytes travel there, a quarter of what floats would
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (extractor.mean, extractor.std))
     batches: Iterator[_Read] = iter(loader)
     if reading.console is not None and reading.console.is_terminal:
         batches = iter(track(loader, what, console=reading.console, transient=True))
@@ -101,7 +102,7 @@ def stream(
                 torch.empty(0, blocks + 1, extractor.embed_dim), torch.empty(0, dtype=torch.int64), tuple(batch.bad)
             )
             continue
-        features = extractor.last_blocks((torch.stack(batch.images).float() - mean) / std, blocks)
+        features = extractor.last_blocks((torch.stack(batch.images).to(device).float() - mean) / std, blocks)
         rows = [f.cls for f in features] + [features[-1].patches.flatten(1, 2).mean(dim=1)]
         yield Tokens(torch.stack(rows, dim=1).float().cpu(), torch.tensor(batch.indices), tuple(batch.bad))
 

@@ -31,7 +31,7 @@ class KnnTask:
     options = KnnOptions
 
     def run(self, extractor: Extractor, data: EvalData, options: KnnOptions) -> Result:
-        """Scores "top1@k" for each k up to the size of the bank; at the headline k also top-5 and the mean per class."""
+        """Scores "top1@k" for each k up to the size of the bank; at the headline k top-5 and mean per class too."""
         train, test = data.features(extractor, "train"), data.features(extractor, "test")
         ks = sorted({min(k, len(train.labels)) for k in options.ks})
         k = HEADLINE_K if HEADLINE_K in ks else ks[-1]
