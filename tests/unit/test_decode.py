@@ -20,7 +20,8 @@ from quietvit.data.decode import UnreadableImage, decode_bytes, decode_file, is_
 
 def photo(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
+    image: np.ndarray = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
+    return image
 
 
 def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:

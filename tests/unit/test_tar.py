@@ -9,11 +9,13 @@ import tarfile
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from quietvit.data import index_cache
 from quietvit.data import tar as tar_module
 from quietvit.data.decode import UnreadableImage
 from quietvit.data.tar import TarSource, find_shards
@@ -153,7 +155,12 @@ def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_headers_are_read_once_unless_the_shard_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
     read = tar_module._read_headers
-    monkeypatch.setattr(tar_module, "_read_headers", lambda shard, size: (reads.append(shard), read(shard, size))[1])
+
+    def counted(shard: Path, size: int) -> index_cache.Arrays:
+        reads.append(shard)
+        return read(shard, size)
+
+    monkeypatch.setattr(tar_module, "_read_headers", counted)
     file = write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.cls", b"4")])
     first, second = TarSource(file), TarSource(file)
     assert (first.fingerprint(), first.labels["class"].tolist()) == (
@@ -259,7 +266,7 @@ def _read_all(source: TarSource, seed: int, results: object) -> None:
 def test_processes_do_not_move_each_others_position(tmp_path: Path, method: str) -> None:
     source = TarSource(write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(20)]))
     source.load(3)  # the handle is open when the processes start
-    context = get_context(method)
+    context: Any = get_context(method)
     results = context.Queue()
     workers = [context.Process(target=_read_all, args=(source, seed, results)) for seed in range(2)]
     for worker in workers:

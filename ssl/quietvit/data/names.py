@@ -14,7 +14,7 @@ MAX_CLASSES = 1_000_000  # a greater number is an identifier, not a class (ours)
 
 
 class NameTable:
-    """File names as one block of bytes and their ends: 1M names of 40 letters take 48 MB, and 170 MB as str."""
+    """File names as one block of bytes and their ends: 1M names of 40 letters take 48 MB instead of 97."""
 
     def __init__(self, blob: UInt8[np.ndarray, " bytes"], ends: Int64[np.ndarray, " n"]) -> None:
         self.blob = blob
@@ -47,10 +47,6 @@ class NameTable:
     def text(self, index: int) -> str:
         """The name as Python writes file names; names that are not UTF-8 survive the round trip."""
         return os.fsdecode(self[index])
-
-    def take(self, indices: Sequence[int]) -> NameTable:
-        """A table of some of the names, in the given order."""
-        return NameTable.of(self[i] for i in indices)
 
 
 def fingerprint(names: NameTable, sizes: Int64[np.ndarray, " n"]) -> str:

@@ -138,5 +138,5 @@ def detect_kind(path: str) -> str:
 
 
 def _has_images(folder: Path) -> bool:
-    """Whether one of the first entries of a folder is an image; stops there."""
+    """Whether there is an image directly in the folder; stops at the first."""
     return any(is_image_name(entry.name) for entry in folder.iterdir())
