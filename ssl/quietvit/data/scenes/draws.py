@@ -20,8 +20,13 @@ class Draws:
     """A stream of uniform numbers read one after the other."""
 
     def __init__(self, *key: int) -> None:
+        self._key = key
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
         self._pool: list[float] = []
+
+    def branch(self, number: int) -> Draws:
+        """A stream of its own, whatever has been or will be read from this one."""
+        return Draws(*self._key, number)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """One number in [low, high)."""

@@ -211,7 +211,10 @@ def paint(
     cos, sin = math.cos(turn) / period, math.sin(turn) / period
     shift_u, shift_v = draws.uniform(0, _CELLS), draws.uniform(0, _CELLS)
     field = pattern(u * cos + (v * sin + shift_u), v * cos + (shift_v - u * sin), draws)
-    return _ramp(draws).take((field * (_STEPS - 1)).astype(np.intp), axis=0)
+    # Level and contrast are the same lottery for every family: without that, the brightness of a wall would tell it.
+    span = draws.uniform(0.14, 0.2) / max(float(field.std()), 0.2)
+    dark = draws.uniform(0.32, 0.6) - span * float(field.mean())
+    return _ramp(dark, dark + span, draws).take((field * (_STEPS - 1)).astype(np.intp), axis=0)
 
 
 _STEPS = 64  # colours of a ramp: two grey levels apart at most
@@ -221,15 +224,13 @@ _BLEND = np.concatenate([np.clip(1 - _AT, 0, 1), 1 - np.abs(_AT - 1), np.clip(_A
 )
 
 
-def _ramp(draws: Draws) -> Float32[np.ndarray, "64 3"]:
-    """A ramp from a darker to a lighter shade of one random colour, through a third shade.
+def _ramp(dark: float, light: float, draws: Draws) -> Float32[np.ndarray, "64 3"]:
+    """A ramp between two luminances of one random colour, through a third shade.
 
     The ends differ in hue only a little: in the world a texture is mostly a matter of shade, and joints are dark.
     Colours are muted: vivid ones tell pictures apart so well that a method that matches crops need learn little else.
     """
     base = [draws.uniform(-0.18, 0.18) for _ in range(3)]
-    dark = draws.uniform(0.06, 0.28)
-    light = dark + draws.uniform(0.5, 0.6)
     stops = [_shade(base, luminance, draws) for luminance in (dark, (dark + light) / 2, light)]
     return _BLEND @ np.array(stops, dtype=np.float32)
 

@@ -78,7 +78,7 @@ def render_scene(shape: int, material: int, background: int, draws: Draws, *, im
     colour, near = _stage(camera, background, solids, draws)
     owner = np.zeros((side, side), dtype=np.int8)
     for number, solid in enumerate(solids, start=1):
-        _add(camera, solid, number, draws, colour, near, owner)
+        _add(camera, solid, number, draws.branch(number), colour, near, owner)
     # Masks and depth cannot be averaged: they are those of one sample of the pixel.
     first = (slice(None, None, OVERSAMPLING), slice(None, None, OVERSAMPLING))
     shapes = np.array([0, *(1 + s.shape for s in solids)])
@@ -180,6 +180,8 @@ def _add(
     # The solid's frame is smaller by `scale`, so its nearness (1 / metres) is greater by as much.
     s = body.nearness(Rays(eye, right, fall, ahead), solid.yaw) * (1 / scale)
     row, column = np.nonzero(s > near[rows, columns])
+    if not row.size:  # out of sight or hidden
+        return
     s = s[row, column]
     t = 1 / (s * scale)
     view = (right[0, column], fall[row, 0], ahead[row, 0])
