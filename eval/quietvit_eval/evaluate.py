@@ -78,7 +78,7 @@ def evaluate(
         data_spec: where the images are, or an open (train, test) pair of sources.
         label: label set of the sources.
         random_init: also score the same architecture with the weights it started from.
-        pixels: also score raw pixels, by k-NN alone (a linear grid on them is neither cheap nor usual).
+        pixels: also score raw pixels.
         image_size: side to score at; None: the training size, 224 at the most.
         limit_train, limit_test: use at most so many images, drawn with `seed`.
         options: settings per task, e.g. {"linear": {"select": "val"}}; see KnnOptions, LinearOptions.
@@ -108,9 +108,8 @@ def evaluate(
     )
     cards = []
     for subject, candidate in _subjects(extractor, random_init, pixels, data.transform.image_size):
-        asked = settings if subject != "pixels" else {"knn": settings.get("knn", make_options("knn", {}))}
         identity = {"path": str(model)} if subject == "model" and isinstance(model, str | Path) else {}
-        for card in _score(subject, candidate, identity_of(candidate) | identity, replace(data), asked):
+        for card in _score(subject, candidate, identity_of(candidate) | identity, replace(data), settings):
             cards.append(card)
             if folder is not None:
                 write_card(card, folder)

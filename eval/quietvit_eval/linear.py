@@ -95,14 +95,18 @@ def make_groups(
     *,
     blocks: Sequence[int] = BLOCKS,
     lrs: Sequence[float] = LRS,
+    pooled: Sequence[bool] = (False, True),
     generator: torch.Generator,
     device: torch.device,
 ) -> list[HeadGroup]:
-    """The grid, for features of the last `num_blocks` blocks and the mean patch. Heads of one group start alike."""
+    """The grid, for features of the last `num_blocks` blocks and the mean patch. Heads of one group start alike.
+
+    `pooled`: without and with the mean patch; pixels are one vector an image and have the first only.
+    """
     width = embed_dim
     groups = []
     for n in sorted({min(n, num_blocks) for n in blocks}):
-        for avgpool in (False, True):
+        for avgpool in pooled:
             columns = slice((num_blocks - n) * width, (num_blocks + int(avgpool)) * width)
             start = torch.randn(columns.stop - columns.start, 1, num_classes, generator=generator) * INIT_STD
             groups.append(
@@ -186,6 +190,7 @@ class LinearTask:
             data.num_classes,
             blocks=options.blocks,
             lrs=options.lrs,
+            pooled=(False, True) if getattr(extractor, "has_patches", True) else (False,),
             generator=generator,
             device=data.device,
         )
@@ -196,9 +201,7 @@ class LinearTask:
         scores = _scores(groups, best, test, data.num_classes)
         protocol = {
             "name": 'linear grid on cached features of central views ("features")',
-            "inputs": [
-                f"{g.heads[0].blocks} blocks, {'with' if g.heads[0].avgpool else 'no'} mean patch" for g in groups
-            ],
+            "inputs": [f"last {n} blocks, {pool} mean patch" for n in options.blocks for pool in ("no", "with")],
             "lrs": list(options.lrs),
             "batch_size": batch_size,
             "steps": steps,

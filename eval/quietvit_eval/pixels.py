@@ -22,6 +22,7 @@ class PixelExtractor:
     """
 
     num_blocks = 1
+    has_patches = False  # one vector an image: nothing to average
 
     def __init__(self, like: Extractor, image_size: int) -> None:
         self.stride, self.mean, self.std = like.stride, like.mean, like.std

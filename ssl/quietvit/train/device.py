@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 
 GIB = 1024**3
+MOST_IMAGES = 64  # in a batch chosen automatically (ours: what a desktop GPU takes of the small models)
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,11 +22,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"train.device={name!r}: choose auto, cpu, cuda or mps") from error
+        raise ValueError(f"device {name!r}: choose auto, cpu, cuda or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but torch sees no CUDA device here: use train.device=cpu or auto")
+        raise ValueError("device cuda, but torch sees no CUDA device here: use cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("train.device=mps, but torch sees no MPS device here: use train.device=cpu or auto")
+        raise ValueError("device mps, but torch sees no MPS device here: use cpu or auto")
     return device
 
 
@@ -66,28 +68,29 @@ def peak_memory(device: torch.device) -> int:
     """Greatest number of bytes in use so far: allocated on CUDA, resident size of the process elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
+    import resource  # not on Windows
 
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 @dataclass(frozen=True)
 class Shapes:
     """What decides the memory of a step."""
 
-    parameters: int  # of the student
+    parameters: int  # of the student: backbone and heads
     embed_dim: int
     depth: int
-    ffn_dim: int
+    ffn_values: int  # kept per token by a feed-forward network: before and after its nonlinearity
     global_tokens: int  # per global crop, with [CLS] and registers
     local_tokens: int
     num_local: int
-    masked_per_image: float
+    masked_per_image: float  # patches, on average
     prototypes: int
-    bottleneck_dim: int
+    patch_prototypes: int  # of the head that serves masked patches
 
 
-def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int) -> int:
+def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int, accumulate: int = 1) -> int:
     """Estimated bytes of one training step with `batch_size` images per micro-batch.
 
     States: 16 bytes per student parameter (weight, gradient, two moments) and 4 per teacher parameter. Activations
@@ -96,23 +99,29 @@ def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int) -> int
     gradient. Checked against measured peaks in benchmarks/step.py.
     """
     tokens = 2 * shapes.global_tokens + shapes.num_local * shapes.local_tokens
-    per_image = tokens * shapes.depth * (9 * shapes.embed_dim + 2 * shapes.ffn_dim) * bytes_per_value
+    per_image = tokens * shapes.depth * (9 * shapes.embed_dim + shapes.ffn_values) * bytes_per_value
     rows = 2 + shapes.num_local + 2 + 2 * shapes.masked_per_image
     per_image += int(rows * shapes.prototypes * 4 * 2)
-    teacher = 2 * shapes.global_tokens * (9 * shapes.embed_dim + 2 * shapes.ffn_dim) * bytes_per_value
+    teacher = 2 * shapes.global_tokens * (9 * shapes.embed_dim + shapes.ffn_values) * bytes_per_value
     return shapes.parameters * 20 + batch_size * (per_image + teacher)
 
 
-def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate: int, most: int = 64) -> int:
-    """Greatest power of two, `most` at the most, whose step is estimated to take under 60 % of the free memory.
+def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate: int, most: int = MOST_IMAGES) -> int:
+    """Greatest batch of at most `most` images whose step is estimated to take under 60 % of the free memory.
 
-    Raises ValueError when not even two images fit.
+    It is `accumulate` micro-batches of a power of two images, two at the least (KoLeo needs a neighbour).
+    Raises ValueError when not even that fits, or `most` is less.
     """
-    batch = most
-    while batch >= 2:
-        if step_memory(shapes, max(1, batch // accumulate), bytes_per_value=bytes_per_value) < 0.6 * free:
-            return max(batch, 2 * accumulate)
-        batch //= 2
+    if most < 2 * accumulate:
+        raise ValueError(
+            f"{accumulate} micro-batches of at least 2 images make a batch of {2 * accumulate}, and at most {most} are "
+            "to be had: lower train.accumulate, set train.batch_size, or add images"
+        )
+    micro = 1 << ((most // accumulate).bit_length() - 1)
+    while micro >= 2:
+        if step_memory(shapes, micro, bytes_per_value=bytes_per_value) < 0.6 * free:
+            return micro * accumulate
+        micro //= 2
     need = step_memory(shapes, 2, bytes_per_value=bytes_per_value) / GIB
     raise ValueError(
         f"a batch of 2 images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a smaller "
