@@ -26,9 +26,12 @@ from quietvit.data.ram_cache import cached
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.methods import METHODS
+from quietvit.nn.feed_forward import swiglu_width
 from quietvit.optim import make_optimizer, parameter_groups
+from quietvit.train import checkpoint
 from quietvit.train.device import (
     GIB,
+    MOST_IMAGES,
     Shapes,
     fitting_batch,
     free_memory,
@@ -57,7 +60,9 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
     torch.manual_seed(config.train.seed)
     method = build_method(config).to(device)
     backbone: Trunk = method.student["backbone"]
-    batch_size, memory = _batch_size(config, backbone, device, precision)
+    batch_size, memory = _batch_size(
+        config, step_shapes(config, method.student), device, precision, num_images=len(source), run_dir=run_dir
+    )
     the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=backbone.stride)
     write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
     bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share)
@@ -93,7 +98,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         max_bad_steps=config.train.max_bad_steps,
         bad_images=bad_images,
         save_teacher=partial(_save_teacher, config, source),
-        meta={"config_hash": config_hash(config)},
+        meta={"config_hash": config_hash(config), "batch_size": batch_size},
         embed_dim=backbone.embed_dim,
         prototypes=config.objective.head.num_prototypes,
         console=console,
@@ -238,29 +243,53 @@ def _batches(
     return batches
 
 
-def _batch_size(config: RunConfig, backbone: Trunk, device: torch.device, precision: torch.dtype) -> tuple[int, int]:
-    """Images per step and the estimated bytes that one micro-batch of them takes."""
-    crops, accumulate = config.crops, config.train.accumulate
-    stride, extra = backbone.stride, 1 + config.model.num_registers
-    patches = (crops.global_size // stride) ** 2
-    dim = backbone.embed_dim
-    shapes = Shapes(
-        parameters=sum(p.numel() for p in backbone.parameters()),
-        embed_dim=dim,
-        depth=backbone.num_blocks,
-        ffn_dim=4 * dim,
+def step_shapes(config: RunConfig, student: nn.ModuleDict) -> Shapes:
+    """What decides the memory of a step of this config."""
+    backbone = cast(Trunk, student["backbone"])
+    crops, objective, options = config.crops, config.objective, backbone.options
+    extra, patches = 1 + options.num_registers, (crops.global_size // backbone.stride) ** 2
+    hidden = int(options.embed_dim * options.mlp_ratio)
+    patch_head = objective.ibot_head if objective.separate_heads else objective.head
+    return Shapes(
+        parameters=sum(p.numel() for p in student.parameters()),
+        embed_dim=options.embed_dim,
+        depth=options.depth,
+        ffn_values=2 * hidden if options.ffn == "mlp" else 4 * swiglu_width(hidden),
         global_tokens=patches + extra,
-        local_tokens=(crops.local_size // stride) ** 2 + extra,
+        local_tokens=(crops.local_size // backbone.stride) ** 2 + extra,
         num_local=crops.num_local,
         masked_per_image=2 * patches * config.masks.probability * sum(config.masks.ratio) / 2,
-        prototypes=config.objective.head.num_prototypes,
-        bottleneck_dim=config.objective.head.bottleneck_dim,
+        prototypes=objective.head.num_prototypes,
+        patch_prototypes=patch_head.num_prototypes,
     )
-    size = 2 if precision is torch.bfloat16 else 4
+
+
+def _batch_size(
+    config: RunConfig,
+    shapes: Shapes,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    num_images: int,
+    run_dir: Path,
+) -> tuple[int, int]:
+    """Images per step and the estimated bytes that one micro-batch of them takes."""
+    accumulate, size = config.train.accumulate, 2 if precision is torch.bfloat16 else 4
     batch = config.train.batch_size
     if isinstance(batch, str):
-        batch = fitting_batch(shapes, free_memory(device), bytes_per_value=size, accumulate=accumulate)
+        # A resumed run keeps the batch it began with, however much memory is free now.
+        batch = _batch_of_checkpoint(run_dir) or fitting_batch(
+            shapes, free_memory(device), bytes_per_value=size, accumulate=accumulate, most=min(MOST_IMAGES, num_images)
+        )
     return batch, step_memory(shapes, batch // accumulate, bytes_per_value=size)
+
+
+def _batch_of_checkpoint(run_dir: Path) -> int | None:
+    found = checkpoint.complete(run_dir)
+    if not found:
+        return None
+    size = json.loads((found[-1] / "state.json").read_text(encoding="utf-8")).get("batch_size")
+    return None if size is None else int(size)
 
 
 def _save_teacher(config: RunConfig, source: Source, folder: Path, backbone: nn.Module, step: int) -> None:

@@ -71,15 +71,17 @@ def run(training: Training) -> Finished:
 
     Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError.
     """
-    start = _resume(training)
+    saved = _resume(training)
+    start = saved or 0
     if start >= training.steps:
-        training.console.print(f"already finished: {start} of {training.steps} steps are done in {training.run_dir}")
+        _say(training, f"already finished: {start} of {training.steps} steps are done in {training.run_dir}")
         return Finished(start, training.steps, None, 0.0)
     began = time.monotonic()
     images = training.batch_size
     with (
         StopRequest() as stop,
-        MetricsLog(training.run_dir, resume_step=start) as log,
+        # Without a checkpoint nothing is kept, the look at step 0 neither: it comes again.
+        MetricsLog(training.run_dir, resume_step=start if start else -1) as log,
         Progress(training.console, steps=training.steps, start=start, images_per_step=images) as progress,
     ):
         loop = _Loop(training, log, progress)
@@ -90,10 +92,12 @@ def run(training: Training) -> Finished:
         while step < training.steps and not stop:
             loop.advance(step, batches)
             step += 1
-            last = step == training.steps or bool(stop)
-            if last or step % training.checkpoint_every == 0:
+            if step == training.steps or step % training.checkpoint_every == 0:
                 _save(training, step)
+                saved = step
         if stop:
+            if saved != step:
+                _save(training, step)
             progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
     return Finished(step, training.steps, stop.signum, time.monotonic() - began)
 
@@ -132,7 +136,6 @@ class _Loop:
             precision=t.precision,
             state=running_buffers(t.method),
         )
-        self.gauge.add(outcome.targets)
         self.window = [*self.window[-49:], (time.monotonic() - before, waited)]
         seconds = sum(s for s, _ in self.window)
         share = sum(w for _, w in self.window) / seconds
@@ -148,6 +151,7 @@ class _Loop:
             values["skipped"] = float(self.skipped)
         else:
             self.bad_in_a_row = 0
+            self.gauge.add(outcome.targets)
         self.log.write(step + 1, values)
         shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
@@ -188,13 +192,18 @@ def running_buffers(method: nn.Module) -> dict[str, Tensor]:
     return {n: b for n, b in method.named_buffers() if not n.startswith(("student.", "teacher."))}
 
 
-def _resume(training: Training) -> int:
+def _resume(training: Training) -> int | None:
+    """Step of the checkpoint the run goes on from; None: it starts."""
     found = checkpoint.load(training.run_dir)
     if found is None:
-        return 0
+        return None
     state.restore(training.method, training.optimizer, found.tensors)
-    training.console.print(f"resuming {training.run_dir} from step {found.step} of {training.steps}")
+    _say(training, f"resuming {training.run_dir} from step {found.step} of {training.steps}")
     return found.step
+
+
+def _say(training: Training, message: str) -> None:
+    training.console.print(message, highlight=False, soft_wrap=True)  # a path cut in two cannot be copied
 
 
 def _save(training: Training, step: int) -> None:
