@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from quietvit_launch.mistakes import message_for_user
+
 EXIT_USER_ERROR = 2
 
 
@@ -22,9 +24,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_use(commands)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_at_least(0), default=0)
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,11 +60,11 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     evaluate.add_argument("--data", required=True, help="labelled images: a folder, a tar, a list, or `scenes`")
     evaluate.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
     evaluate.add_argument("--label", default="class", help="label set to predict (default: class)")
-    evaluate.add_argument("--size", type=int, help="image side in pixels (default: the model's)")
+    evaluate.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
     evaluate.add_argument("--train-split", default="train")
     evaluate.add_argument("--test-split", default="val")
-    evaluate.add_argument("--limit-train", type=int, help="use this many training images at the most")
-    evaluate.add_argument("--limit-test", type=int, help="use this many test images at the most")
+    evaluate.add_argument("--limit-train", type=_at_least(1), help="use this many training images at the most")
+    evaluate.add_argument("--limit-test", type=_at_least(1), help="use this many test images at the most")
     evaluate.add_argument("--random-init", action="store_true", help="also score the same model before training")
     evaluate.add_argument("--pixels", action="store_true", help="also score raw pixels")
     evaluate.add_argument(
@@ -63,8 +74,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="linear head chosen on a held-out part of train (default), or on the test data as in the DINOv2 paper",
     )
     evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--workers", type=int, default=0)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--workers", type=_at_least(0), default=0)
+    evaluate.add_argument("--seed", type=_at_least(0), default=0)
     evaluate.add_argument("--out", help="folder for the result cards (default: <model folder>/eval)")
     evaluate.set_defaults(run=_eval)
 
@@ -74,8 +85,8 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     embed.add_argument("images", help="a folder, tar or list")
     embed.add_argument("--model", required=True, help="run folder, teacher.safetensors, or an official DINOv2 .pth")
     embed.add_argument("--out", required=True, help="features.parquet or features.npz")
-    embed.add_argument("--size", type=int, help="image side in pixels (default: the model's)")
-    embed.add_argument("--batch-size", type=int, default=64)
+    embed.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
+    embed.add_argument("--batch-size", type=_at_least(1), default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
     export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
@@ -117,9 +128,12 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from quietvit_launch.evaluation import check_model
+
+    model = check_model(args.model)
     from quietvit.weights.export import export_teacher
 
-    report = export_teacher(Path(args.model), Path(args.out))
+    report = export_teacher(model, Path(args.out))
     print(f"wrote {args.out}: features equal after reloading (greatest difference {report['max_difference']:g})")
     return 0
 
@@ -135,29 +149,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
-    if args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+    if args.command == "train" and not any(word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = ": settings are written key=value, e.g. train.steps=1000" if args.command == "train" else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
     except KeyboardInterrupt:
         print("quietvit: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        if not _raised_by_us(error):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = message_for_user(error)
+        if message is None:
             raise
-        print(f"quietvit: {error}", file=sys.stderr)
+        print(f"quietvit: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether quietvit itself raised this error, as a message to the user; what a library raises is a fault of ours."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("quietvit")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+# What can be told wrong before torch is imported is told from here; a test holds these against the tables themselves.
 TASK_NAMES = ("knn", "linear")
+OUT_SUFFIXES = (".npz", ".parquet")
+WEIGHTS = "teacher.safetensors"
 
 
 def check_tasks(text: str) -> list[str]:
@@ -19,25 +22,35 @@ def check_tasks(text: str) -> list[str]:
 
 
 def check_model(path: str) -> Path:
-    """The model's path. Raises ValueError if nothing is there; needs no torch."""
+    """The model's path. Raises ValueError if no model can be there; needs no torch."""
     model = Path(path).expanduser()
+    what = f"a run folder, a {WEIGHTS} or an official DINOv2 .pth"
     if not model.exists():
-        raise ValueError(f"--model {path}: nothing is there. Give a run folder, a teacher.safetensors or a DINOv2 .pth")
+        raise ValueError(f"there is no model at {path}: give {what}")
+    if model.is_dir() and not (model / WEIGHTS).is_file() and not any(model.glob(f"checkpoints/step_*/{WEIGHTS}")):
+        names = sorted(p.name for p in model.iterdir())[:8]
+        raise ValueError(
+            f"there is no model in the folder {path}: looked for {WEIGHTS} and checkpoints/step_*/{WEIGHTS}, found "
+            f"{', '.join(names) or 'nothing'}. Give {what}"
+        )
     return model
 
 
 def run_evaluation(args: argparse.Namespace) -> int:
     """`quietvit eval`: cards into a folder, tables on the screen."""
     tasks, model = check_tasks(args.tasks), check_model(args.model)
-    from quietvit_eval.evaluate import DataSpec, evaluate
+    from quietvit.data.sources import open_source
 
     kind, path = ("scenes", None) if args.data == "scenes" else (args.kind, args.data)
-    out = Path(args.out) if args.out else (model if model.is_dir() else model.parent) / "eval"
+    train, test = (open_source(kind, path, split=split) for split in (args.train_split, args.test_split))
+    from quietvit_eval.evaluate import evaluate
+
+    out = Path(args.out).expanduser() if args.out else (model if model.is_dir() else model.parent) / "eval"
     console = Console()
     evaluate(
         model,
         tasks,
-        DataSpec(kind, path, args.train_split, args.test_split),
+        (train, test),
         label=args.label,
         random_init=args.random_init,
         pixels=args.pixels,
@@ -57,13 +70,18 @@ def run_evaluation(args: argparse.Namespace) -> int:
 
 def run_embedding(args: argparse.Namespace) -> int:
     """`quietvit embed`: names and embeddings into one file."""
-    model = check_model(args.model)
+    model, out = check_model(args.model), Path(args.out).expanduser()
+    if out.suffix not in OUT_SUFFIXES or out.is_dir():
+        raise ValueError(f"--out {args.out}: name a file that ends in {' or '.join(OUT_SUFFIXES)}")
+    from quietvit.data.sources import open_source
+
+    images = open_source("auto", args.images)
     from quietvit_eval.embed import embed
 
     done = embed(
-        args.images,
+        images,
         model,
-        args.out,
+        out,
         image_size=args.size,
         batch_size=args.batch_size,
         device=args.device,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from quietvit.config.load import ConfigError, differences, load_config, to_yaml
-from quietvit.config.resolve import check
+from quietvit.config.resolve import check, plan
 from quietvit.config.schema import RunConfig
 from quietvit.files import write_text
+from quietvit_launch.mistakes import file_system_reason
 
 
 @dataclass(frozen=True)
@@ -28,33 +30,72 @@ class Job:
         return config
 
 
-def prepare_run_dir(out_dir: Path, config: RunConfig) -> None:
-    """Make the run folder and write its config.yaml; an existing run must have the same settings.
+def check_data(config: RunConfig) -> None:
+    """Look at the data before torch is imported and anything is written.
 
-    Raises ConfigError when the folder cannot be written or holds a run with other settings.
+    Raises ValueError when there are no images where the config says, or fewer than a batch holds. Images themselves
+    are not read, and the index of a large set is kept for when it is opened again.
     """
+    from quietvit.data.sources import open_source
+
+    data = config.data
+    source = open_source(data.source, data.path, split=data.split, **data.options)
+    if isinstance(config.train.batch_size, int):
+        plan(config, num_images=len(source), batch_size=config.train.batch_size, stride=config.model.patch_size)
+
+
+def prepare_run_dir(out_dir: Path, config: RunConfig) -> list[Path]:
+    """Make the run folder and write its config.yaml. Returns what was not there before, for `withdraw`.
+
+    A run that has a checkpoint must have the same settings. One that never came so far has nothing to lose: the new
+    settings take its place, so that a first attempt with, say, too large a batch does not spoil the folder. Raises
+    ConfigError when the folder cannot be written or holds a run with other settings.
+    """
+    recorded = out_dir / "config.yaml"
+    made = [p for p in (recorded, out_dir, *out_dir.parents) if not p.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        recorded = out_dir / "config.yaml"
-        if recorded.exists():
-            changed = differences(load_config(str(recorded)), config)
+        if any((out_dir / "checkpoints").glob("step_*")):
+            changed = differences(load_config(str(recorded)), config) if recorded.exists() else []
             if changed:
                 raise ConfigError(
                     f"{out_dir} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
                     "Repeat its settings to resume it, or choose another --out for a new run"
                 )
+        else:
+            # What could not be read by an attempt that is given up must not count against this one.
+            (out_dir / "unreadable.txt").unlink(missing_ok=True)
         write_text(recorded, to_yaml(config))
     except OSError as error:
-        raise ConfigError(f"cannot write the run folder {out_dir}: {error.strerror or error}") from error
+        withdraw(made)
+        raise ConfigError(f"cannot write the run folder {out_dir}: {file_system_reason(error)}") from error
+    return made
+
+
+def withdraw(made: list[Path]) -> None:
+    """Take back what `prepare_run_dir` made for a run that could not begin. Folders with anything in them stay."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.with_name("environment.json").unlink(missing_ok=True)
+                path.unlink()
 
 
 def run_job(job: Job, console: Console) -> int:
     """Run a job in this process. Returns the exit code: 0 when it finished, 128 + signal when it saved and left."""
     config = job.config()
-    out_dir = Path(job.out_dir)
-    prepare_run_dir(out_dir, config)
+    check_data(config)
+    out_dir = Path(job.out_dir).expanduser()
+    made = prepare_run_dir(out_dir, config)
     from quietvit.build import build_training
     from quietvit.train.loop import run
 
-    finished = run(build_training(config, out_dir, console))
+    try:
+        finished = run(build_training(config, out_dir, console))
+    except BaseException:
+        if not (out_dir / "metrics.jsonl").exists():  # it fell before its first step: no run is there
+            withdraw(made)
+        raise
     return 0 if finished.signum is None else 128 + finished.signum
