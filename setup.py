@@ -21,7 +21,7 @@ setup(
     name="quietvit",
     version="0.1.0",
     description="Self-supervised pretraining of vision transformers with registers, and what their features are worth",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
