@@ -273,7 +273,7 @@ def _batch_size(
     num_images: int,
     run_dir: Path,
 ) -> tuple[int, int]:
-    """Images per step and the estimated bytes that one micro-batch of them takes."""
+    """Images per step and the estimated bytes that a step takes."""
     accumulate, size = config.train.accumulate, 2 if precision is torch.bfloat16 else 4
     batch = config.train.batch_size
     if isinstance(batch, str):
@@ -281,7 +281,7 @@ def _batch_size(
         batch = _batch_of_checkpoint(run_dir) or fitting_batch(
             shapes, free_memory(device), bytes_per_value=size, accumulate=accumulate, most=min(MOST_IMAGES, num_images)
         )
-    return batch, step_memory(shapes, batch // accumulate, bytes_per_value=size)
+    return batch, step_memory(shapes, batch // accumulate, bytes_per_value=size, accumulate=accumulate)
 
 
 def _batch_of_checkpoint(run_dir: Path) -> int | None:

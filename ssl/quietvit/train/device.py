@@ -91,19 +91,29 @@ class Shapes:
 
 
 def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int, accumulate: int = 1) -> int:
-    """Estimated bytes of one training step with `batch_size` images per micro-batch.
+    """Estimated bytes of one training step of `accumulate` micro-batches of `batch_size` images each.
 
     States: 16 bytes per student parameter (weight, gradient, two moments) and 4 per teacher parameter. Activations
-    kept for the backward pass, per token and block: two norms, qkv, attention output, two residual sums and projection
-    (9 D), the FFN before and after its nonlinearity (2 F). Head logits: fp32 student and teacher rows, softmax and
-    gradient. Checked against measured peaks in benchmarks/step.py.
+    kept for the backward pass, per token and block: two residual sums in fp32 (2 D), and in the computing precision
+    two norms, qkv, attention output and projection (7 D) and the FFN before and after its nonlinearity; the teacher
+    keeps one block's. Prototypes, fp32: four rows for each the student scores (scores, scaled scores, the gradients of
+    both), and the targets of all micro-batches.
+
+    Measured in benchmarks/results/step-*.md: within 10 % of the peak for a ViT-S on the CPU. Not counted are some
+    130 MiB that the libraries themselves take there at the first step, more than all else in a nano model.
     """
-    tokens = 2 * shapes.global_tokens + shapes.num_local * shapes.local_tokens
-    per_image = tokens * shapes.depth * (9 * shapes.embed_dim + shapes.ffn_values) * bytes_per_value
-    rows = 2 + shapes.num_local + 2 + 2 * shapes.masked_per_image
-    per_image += int(rows * shapes.prototypes * 4 * 2)
-    teacher = 2 * shapes.global_tokens * (9 * shapes.embed_dim + shapes.ffn_values) * bytes_per_value
-    return shapes.parameters * 20 + batch_size * (per_image + teacher)
+
+    def kept(tokens: int, depth: int) -> int:
+        d = shapes.embed_dim
+        return tokens * depth * (2 * d * 4 + (7 * d + shapes.ffn_values) * bytes_per_value)
+
+    views = 2 * shapes.global_tokens
+    per_image = kept(views + shapes.num_local * shapes.local_tokens, shapes.depth) + kept(views, 1)
+    masked = shapes.masked_per_image * shapes.patch_prototypes
+    student = (2 + shapes.num_local) * shapes.prototypes + masked
+    targets = 2 * shapes.prototypes + masked
+    scores = int(batch_size * 4 * (4 * student + accumulate * targets))
+    return shapes.parameters * 20 + batch_size * per_image + scores
 
 
 def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate: int, most: int = MOST_IMAGES) -> int:
@@ -119,11 +129,11 @@ def fitting_batch(shapes: Shapes, free: int, *, bytes_per_value: int, accumulate
         )
     micro = 1 << ((most // accumulate).bit_length() - 1)
     while micro >= 2:
-        if step_memory(shapes, micro, bytes_per_value=bytes_per_value) < 0.6 * free:
+        if step_memory(shapes, micro, bytes_per_value=bytes_per_value, accumulate=accumulate) < 0.6 * free:
             return micro * accumulate
         micro //= 2
-    need = step_memory(shapes, 2, bytes_per_value=bytes_per_value) / GIB
+    need = step_memory(shapes, 2, bytes_per_value=bytes_per_value, accumulate=accumulate) / GIB
     raise ValueError(
-        f"a batch of 2 images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a smaller "
-        "model.size, smaller crops or fewer prototypes (objective.head.num_prototypes)"
+        f"a batch of {2 * accumulate} images needs about {need:.1f} GiB and {free / GIB:.1f} GiB are free: choose a "
+        "smaller model.size, smaller crops or fewer prototypes (objective.head.num_prototypes)"
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
 from quietvit.data.center import center_view
@@ -31,25 +31,45 @@ def choose_held_out(
     """Images for the probe, the same ones for the same seed.
 
     With a validation split they come from there and the k-NN bank from train. Without one, both are disjoint parts of
-    train: the pretraining has seen the images, but never their labels.
+    train, at most half of it looked at: the pretraining has seen the images, but never their labels. Where there are
+    labels, images of unknown class are left out.
     """
     rng = np.random.default_rng(seed)
     queries = train if validation is None else validation
     order = rng.permutation(len(queries))
-    chosen, rest = order[:num_images], order[num_images:]
-    images, chosen = _views(queries, chosen, size)
-    if label not in train.labels or label not in queries.labels:
-        return HeldOut(images)
-    bank, taken = _views(train, rest[:num_bank] if validation is None else rng.permutation(len(train))[:num_bank], size)
+    classes = train.classes.get(label, [])
+    known = _labels(queries, label, classes)
+    bank_known = _labels(train, label, classes)
+    order_known = order[known[order] >= 0]
+    if len(order_known) < (2 if validation is None else 1) or not (bank_known >= 0).any():
+        return HeldOut(_views(queries, order[:num_images], size)[0])
+    if validation is None:
+        num_images = min(num_images, len(order_known) // 2)
+        rest = order_known[num_images:]
+    else:
+        rest = rng.permutation(len(train))
+        rest = rest[bank_known[rest] >= 0]
+    images, chosen = _views(queries, order_known[:num_images], size)
+    bank, taken = _views(train, rest[:num_bank], size)
     if not len(taken) or not len(chosen):
         return HeldOut(images)
     return HeldOut(
         images=images,
-        labels=torch.from_numpy(queries.labels[label][chosen]),
+        labels=torch.from_numpy(known[chosen]),
         bank=bank,
-        bank_labels=torch.from_numpy(train.labels[label][taken]),
-        num_classes=len(train.classes[label]),
+        bank_labels=torch.from_numpy(bank_known[taken]),
+        num_classes=len(classes),
     )
+
+
+def _labels(source: Source, label: str, classes: list[str]) -> Int64[np.ndarray, " n"]:
+    """Labels of all images as ranks in `classes`, -1 where unknown: two splits may number their classes differently."""
+    if label not in source.labels:
+        return np.full(len(source), -1, np.int64)
+    rank = {name: i for i, name in enumerate(classes)}
+    table = np.array([*(rank.get(name, -1) for name in source.classes[label]), -1], np.int64)
+    ranks: np.ndarray = table[source.labels[label]]  # -1 is the last entry
+    return ranks
 
 
 def _views(source: Source, indices: np.ndarray, size: int) -> tuple[Tensor, np.ndarray]:

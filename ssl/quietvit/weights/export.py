@@ -21,11 +21,12 @@ NUM_CHECK_IMAGES = 4
 def export_teacher(model: Path, out: Path) -> dict[str, Any]:
     """Write `out`/teacher.safetensors, teacher.json and README.md; returns the report that stands in the card.
 
-    `model` is whatever `load` takes. Raises FileExistsError if `out` holds anything, ValueError when the reloaded
+    `model` is whatever `load` takes. Raises FileExistsError if `out` is a file or holds anything, ValueError when the reloaded
     features differ: nothing is left behind then.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose a new folder for the export")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise FileExistsError(f"{out} {what}: choose a new folder for the export")
     extractor = load(model, device="cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
