@@ -15,10 +15,10 @@ from quietvit.data.scenes.solids import SOLIDS, Polytope, Rays, Revolution
 NUM_CHECKED = 24
 GOLDEN_UNIFORMS = [0.8817035384837327, 0.28917661385918403, 0.8710360723907997]
 GOLDEN_MEANS = [
-    [119.333, 117.428, 131.589],
-    [76.051, 98.415, 91.272],
-    [79.289, 92.375, 87.198],
-    [93.648, 88.226, 108.895],
+    [120.344, 118.938, 129.538],
+    [78.119, 97.526, 90.43],
+    [81.693, 92.017, 87.644],
+    [93.184, 90.905, 104.971],
 ]
 GOLDEN_LABELS = [[0, 1, 0, 2], [3, 0, 3, 3], [4, 2, 3, 6]]
 
@@ -181,8 +181,11 @@ def test_patterns_are_fields_in_the_unit_interval(name: str) -> None:
 
 
 def test_pixels_do_not_tell_the_labels() -> None:
-    """20-NN on raw pixels (cosine) stays poor: what a network then scores, it has learnt."""
-    sets = [Scenes("train", num_images=1000), Scenes("test", num_images=400)]
+    """20-NN on raw pixels (cosine) stays near chance for a small bank.
+
+    A larger bank tells more: see benchmarks/results/scenes-speed.json for 4,000 pictures, which a score must beat.
+    """
+    sets = [Scenes("train", num_images=600), Scenes("test", num_images=300)]
     bank, queries = (np.stack([d.load(i) for i in range(len(d))]).reshape(len(d), -1) / np.float32(255) for d in sets)
     queries -= bank.mean(axis=0)
     bank -= bank.mean(axis=0)
@@ -192,9 +195,9 @@ def test_pixels_do_not_tell_the_labels() -> None:
     for name in ("shape", "material", "background"):
         votes = np.eye(len(sets[0].classes[name]))[sets[0].labels[name][nearest]].sum(axis=1)
         accuracy[name] = (votes.argmax(axis=1) == sets[1].labels[name]).mean()
-    assert accuracy["shape"] < 0.35, accuracy  # chance is 0.125
-    assert accuracy["material"] < 0.22, accuracy
-    assert accuracy["background"] < 0.27, accuracy
+    assert accuracy["shape"] < 0.30, accuracy  # chance is 0.125
+    assert accuracy["material"] < 0.18, accuracy
+    assert accuracy["background"] < 0.21, accuracy
 
 
 def test_names_and_fingerprints() -> None:

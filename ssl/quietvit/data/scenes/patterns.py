@@ -230,7 +230,7 @@ def _ramp(dark: float, light: float, draws: Draws) -> Float32[np.ndarray, "64 3"
     The ends differ in hue only a little: in the world a texture is mostly a matter of shade, and joints are dark.
     Colours are muted: vivid ones tell pictures apart so well that a method that matches crops need learn little else.
     """
-    base = [draws.uniform(-0.18, 0.18) for _ in range(3)]
+    base = [draws.uniform(-0.14, 0.14) for _ in range(3)]
     stops = [_shade(base, luminance, draws) for luminance in (dark, (dark + light) / 2, light)]
     return _BLEND @ np.array(stops, dtype=np.float32)
 

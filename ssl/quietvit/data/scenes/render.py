@@ -130,13 +130,13 @@ def _stage(
     near = camera.right * sin + camera.ahead * cos
     u = (camera.right * cos - camera.ahead * sin) / near
     v = camera.fall / near
-    # In the wall's own units of its distance: 1/10 to 1/5 of the picture, 6 to 13 of 64 pixels.
-    period = camera.half * draws.uniform(0.21, 0.29)
-    turn = draws.uniform(-0.12, 0.12)  # people hang things nearly straight
+    # In units of the wall's distance: 1/10 to 1/6 of the picture, 6 to 10 of 64 pixels.
+    period = camera.half * draws.uniform(0.19, 0.32)
+    turn = draws.uniform(-0.2, 0.2)  # people hang things nearly straight
     colour = paint(_BACKGROUNDS[background], u, v / distance, draws, period=period, turn=turn)
     colour *= draws.uniform(0.8, 1.0)
     grey = draws.uniform(0.25, 0.8)
-    tone = np.array([grey + draws.uniform(-0.15, 0.15) for _ in range(3)], dtype=np.float32)
+    tone = np.array([grey + draws.uniform(-0.1, 0.1) for _ in range(3)], dtype=np.float32)
     floor = camera.fall * (-1 / camera.eye)
     rows = slice(int((floor[:, 0] <= near.min(axis=1)).sum()), None)  # the floor grows nearer row by row
     shade = _floor_light(camera, rows, 1 / np.maximum(floor[rows], np.float32(0.02)), solids)
