@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={name: f"{root}/{name}" for name, root in ROOTS.items()} | {"quietvit.configs": "configs"},
-    package_data={name: ["py.typed"] for name in ROOTS} | {"quietvit.configs": ["**/*.yaml"]},
+    package_data={name: ["py.typed", "templates/*.html"] for name in ROOTS} | {"quietvit.configs": ["**/*.yaml"]},
     install_requires=[
         "torch>=2.10",
         "numpy>=2.0",
@@ -40,6 +40,8 @@ setup(
         "tensorboard>=2.17",
         "jaxtyping>=0.2.34",
         "psutil>=6.0",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
     ],
     extras_require={
         "cuda": ["xformers>=0.0.34"],  # the first built for torch 2.10

@@ -70,6 +70,7 @@ def run_demo(out: Path, *, seed: int) -> int:
         "standard_error": errors,
         "label": cards[0].label,
         "classes": cards[0].num_classes,
+        "images": {split: part["images"] for split, part in cards[0].data.items()},
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "teacher": exported["weights"],
         "seed": seed,
@@ -79,9 +80,8 @@ def run_demo(out: Path, *, seed: int) -> int:
 
 
 def _report(out: Path, summary: dict[str, Any], console: Console) -> None:
-    from quietvit_eval.demo_report import write_report
-
     from quietvit.files import write_text
+    from quietvit_eval.demo_report import write_report
 
     table = Table(title=f"accuracy in %, {summary['classes']} classes, chance {100 / summary['classes']:.0f}")
     for column in ("task", "trained", "random", "pixels"):

@@ -1,0 +1,271 @@
+"""The demo's page: one HTML file that needs nothing else, in plain words."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from quietvit.config.load import load_config
+from quietvit.data.sources import Source, open_source
+from quietvit.files import write_text
+from quietvit.train.metrics import read_metrics
+
+TITLES = {"knn": "k-NN: the nearest labelled pictures decide", "linear": "Linear: one layer on frozen features"}
+SUBJECTS = {"trained": "pretrained, no labels", "random": "untrained network", "pixels": "raw pixels"}
+PER_CLASS = 3  # example pictures (ours: enough to see what a class has in common)
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
+    """Write `out`/report.html from the demo's summary, `out`/pretrain and the data set `scenes`. Returns its path.
+
+    `summary` is what quietvit_launch.demo writes to summary.json: scores and standard errors in %, seconds per stage.
+    The page is one file: styles inside, charts as SVG, pictures as PNG in base64; it asks nothing of any network.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    text = resources.files("quietvit_eval").joinpath("templates/demo_report.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    records = read_metrics(out / "pretrain" / "metrics.jsonl")
+    source = open_source("scenes", None, split="train", image_size=64, num_images=1000)
+    images, chance = summary["images"], 100 / summary["classes"]
+    path = out / "report.html"
+    html = page.render(
+        headline=headline(summary, records),
+        verdict=verdict(summary),
+        tasks=[_task(task, summary) for task in TITLES if task in summary],
+        chance=chance,
+        classes=summary["classes"],
+        label=summary["label"],
+        label_meaning=_meaning(source, summary["label"]),
+        train_images=f"{images['train']:,}",
+        test_images=f"{images['test']:,}",
+        seed=summary["seed"],
+        charts=list(charts(records, prototypes=_prototypes(out))),
+        examples=examples(source, summary["label"]),
+        teacher=summary["teacher"],
+        code=code(summary["teacher"]),
+        seconds=_seconds(summary["seconds"]),
+        environment=_environment(out / "pretrain" / "environment.json"),
+    )
+    write_text(path, html)
+    return path
+
+
+# ---- words
+
+
+def headline(summary: Mapping[str, Any], records: Records) -> str:
+    """The result in one sentence: k-NN, its controls and chance."""
+    score, error = summary["knn"], summary["standard_error"]["knn"]
+    last = max((r for r in records if r.get("images")), key=lambda r: r["step"], default=None)
+    after = f"After {last['step']:,} steps on {last['images']:,.0f} pictures" if last else "After pretraining"
+    controls = [f"{_percent(score[k])} {how}" for k, how in CONTROLS.items() if k in score]
+    return (
+        f"{after} without a label, the network's features find the right one of {summary['classes']} classes for "
+        f"{_percent(score['trained'])} (± {error:.1f}) of pictures it never saw, by nearest neighbours alone: "
+        f"{', '.join(controls)} and {_percent(100 / summary['classes'])} by guessing."
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
+
+
+CONTROLS = {"random": "before training", "pixels": "on raw pixels"}
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Whether pretraining helped, task by task, measured against the better control and the error of the difference.
+
+    By chance two scores on the same pictures differ by sqrt(2) standard errors, and by less where they err alike; more
+    than twice that is what we call clear.
+    """
+    said = []
+    for task in TITLES:
+        scores = summary.get(task, {})
+        best = max((scores[k] for k in CONTROLS if k in scores), default=None)
+        if best is None:
+            continue
+        gain, noise = scores["trained"] - best, math.sqrt(2) * summary["standard_error"][task]
+        how = "a clear gain" if gain > 2 * noise else "a clear loss" if gain < -2 * noise else "no clear difference"
+        said.append(f"{TITLES[task].partition(':')[0]}: {how} ({gain:+.1f} points ± {noise:.1f} to the better control)")
+    return "; ".join(said) + "."
+
+
+def _task(task: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    error = summary["standard_error"][task]
+    rows = [
+        {
+            "name": name,
+            "own": key == "trained",
+            "score": summary[task][key],
+            "text": _percent(summary[task][key]) + (f" ± {error:.1f}" if key == "trained" else ""),
+        }
+        for key, name in SUBJECTS.items()
+        if key in summary[task]
+    ]
+    return {"title": TITLES[task], "rows": rows}
+
+
+def code(teacher: str) -> str:
+    """Four lines of Python that use the exported teacher."""
+    return (
+        "import torch, quietvit\n"
+        f"model = quietvit.load({teacher!r})\n"
+        "images = torch.rand(8, 3, model.image_size, model.image_size)  # yours: RGB, 0 to 1\n"
+        "features = model((images - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1))\n"
+        "# features.cls [8, D], features.registers [8, R, D], features.patches [8, h, w, D]"
+    )
+
+
+def _seconds(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    rows = [(name, f"{value:.1f} s") for name, value in seconds.items()]
+    return [*rows, ("together", f"{sum(seconds.values()):.1f} s")]
+
+
+def _environment(file: Path) -> list[tuple[str, str]]:
+    if not file.exists():
+        return []
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items())
+    rows = [(k, facts.get(k)) for k in ("hardware", "device", "platform", "python", "git")]
+    rows += [("packages", packages), ("command", " ".join(facts.get("command", [])))]
+    return [(name, str(value)) for name, value in rows if value]
+
+
+# ---- charts
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small chart: an SVG element and what to know when looking at it."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+# (column of metrics.jsonl, title, how to read it), in the page's order.
+LOSSES = (
+    ("loss/total", "Loss", "The weighted sum of the three terms. Its value means little; it should fall, then settle."),
+    ("loss/dino", "DINO loss", "Do two views of a picture get the same summary?"),
+    ("loss/ibot", "iBOT loss", "Can hidden patches be told from the rest of the picture?"),
+    ("loss/koleo", "KoLeo loss", "Are the pictures of a batch spread out? Lower is more spread."),
+)
+HEALTH = (
+    ("health/knn", "k-NN while training, %", "On held-out pictures, through the teacher. Should rise."),
+    ("health/rank", "Effective dimensions", "How many directions the features use. Near 1 would be a collapse."),
+    (
+        "health/teacher/entropy",
+        "Entropy of one target",
+        "Dashed: undecided between all prototypes. Should be well below.",
+    ),
+    (
+        "health/teacher/mean_entropy",
+        "Entropy of the mean target",
+        "Dashed: all prototypes equally used. Should stay close.",
+    ),
+    (
+        "health/outlier_share",
+        "Outlier patches, %",
+        "Patch tokens of unusual norm: the artifacts that registers take in.",
+    ),
+)
+INK = "#010203"  # drawn with this, shown in the page's own colour of text
+
+
+def charts(records: Records, *, prototypes: int | None) -> Iterator[Chart]:
+    """A chart for every column that has values. `prototypes` gives entropies their greatest value, ln K."""
+    for column, title, caption in (*LOSSES, *HEALTH):
+        points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
+        if not points:
+            continue
+        steps, values = np.array(points, dtype=float).T
+        if column == "health/outlier_share":
+            values = 100 * values
+        limit = math.log(prototypes) if prototypes and column.endswith("entropy") else None
+        yield Chart(title, caption, _svg(steps, values, limit=limit, smooth=column.startswith("loss/"), name=column))
+
+
+def _prototypes(out: Path) -> int | None:
+    file = out / "pretrain" / "config.yaml"
+    return load_config(str(file)).objective.head.num_prototypes if file.exists() else None
+
+
+def _svg(steps: np.ndarray, values: np.ndarray, *, limit: float | None, smooth: bool, name: str) -> str:
+    """A line over steps as inline SVG. `smooth` adds a running mean over a twentieth of the run."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        window = max(1, len(values) // 20)
+        if smooth and window > 1:
+            axes.plot(steps, values, color="#2f7fc1", alpha=0.45, linewidth=0.6)
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            axes.plot(steps[window // 2 :][: len(mean)], mean, color="#2f7fc1", linewidth=1.8)
+        else:
+            axes.plot(steps, values, color="#2f7fc1", linewidth=1.8, marker="o", markersize=3.5)
+        if limit is not None:
+            axes.axhline(limit, color=INK, linestyle="--", linewidth=1)
+        if not smooth:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step", color=INK)
+        axes.tick_params(colors=INK)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(INK)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return _for_html(text.getvalue())
+
+
+def _for_html(svg: str) -> str:
+    """An SVG file as an element of a page: no prologue, no addresses, ids used only where something points at them."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+    pointed_at = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in pointed_at else "", svg)
+    return svg.replace(INK, "currentColor")
+
+
+# ---- pictures
+
+
+def examples(source: Source, label: str) -> list[dict[str, Any]]:
+    """The first pictures of every class, as PNG in base64."""
+    found = []
+    for number, name in enumerate(source.classes[label]):
+        rows: Iterable[int] = np.flatnonzero(source.labels[label] == number)[:PER_CLASS].tolist()
+        found.append({"name": name, "images": [_png(source.load(i)) for i in rows]})
+    return found
+
+
+def _png(pixels: np.ndarray) -> str:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def _meaning(source: Source, label: str) -> str:
+    """Which of the source's named label sets "class" stands for."""
+    same = [k for k, names in source.classes.items() if k != label and names == source.classes[label]]
+    return f": the {same[0]} of the picture" if same else ""
