@@ -119,7 +119,8 @@ def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progr
     if entropy is not None and entropy < 0.1 * math.log(prototypes):
         said.append(
             f"the teacher uses few prototypes (its mean target has entropy {entropy:.2f} of "
-            f"{math.log(prototypes):.2f}): fewer prototypes (objective.head.num_prototypes) or objective.centering=sinkhorn_knopp"
+            f"{math.log(prototypes):.2f}): fewer prototypes (objective.head.num_prototypes) or "
+            "objective.centering=sinkhorn_knopp"
         )
     single = values.get("teacher/entropy")
     if single is not None and single > 0.98 * math.log(prototypes):

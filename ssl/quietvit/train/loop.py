@@ -147,12 +147,15 @@ class _Loop:
         values |= {"images_per_s": round(speed, 2), "data_wait": round(share, 4)}
         values["images"] = float((step + 1) * t.batch_size)
         if outcome.broken:
-            self._skip(step, outcome)
+            self.bad_in_a_row += 1
+            self.skipped += 1
             values["skipped"] = float(self.skipped)
         else:
             self.bad_in_a_row = 0
             self.gauge.add(outcome.targets)
         self.log.write(step + 1, values)
+        if outcome.broken:
+            self._tell_skipped(step, outcome)
         shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
         if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
@@ -174,9 +177,7 @@ class _Loop:
         ):
             self.progress.say(f"  warning: {sentence}")
 
-    def _skip(self, step: int, outcome: Outcome) -> None:
-        self.bad_in_a_row += 1
-        self.skipped += 1
+    def _tell_skipped(self, step: int, outcome: Outcome) -> None:
         terms = ", ".join(outcome.broken)
         self.progress.say(f"step {step + 1} skipped, nothing changed: not finite: {terms}")
         if self.bad_in_a_row >= self.t.max_bad_steps:

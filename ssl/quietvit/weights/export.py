@@ -21,8 +21,8 @@ NUM_CHECK_IMAGES = 4
 def export_teacher(model: Path, out: Path) -> dict[str, Any]:
     """Write `out`/teacher.safetensors, teacher.json and README.md; returns the report that stands in the card.
 
-    `model` is whatever `load` takes. Raises FileExistsError if `out` is a file or holds anything, ValueError when the reloaded
-    features differ: nothing is left behind then.
+    `model` is whatever `load` takes. Raises FileExistsError if `out` is a file or holds anything, ValueError when the
+    reloaded features differ: nothing is left behind then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
