@@ -42,15 +42,14 @@ setup(
         "psutil>=6.0",
         "matplotlib>=3.9",
         "jinja2>=3.1",
+        "pyarrow>=17.0",  # embeddings as .parquet
     ],
     extras_require={
         "cuda": ["xformers>=0.0.34"],  # the first built for torch 2.10
-        "parquet": ["pyarrow>=17.0"],
         "dev": [
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "mypy>=1.13",
-            "pyarrow>=17.0",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

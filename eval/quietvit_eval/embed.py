@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -52,13 +50,11 @@ def embed(
     the JSON as schema metadata "quietvit", written batch by batch. Images that cannot be read are left out and
     reported. `source` is a path (`kind`: a row of DATASETS) or an open source. The file appears once it is complete.
 
-    Raises ValueError for another suffix, for .parquet without pyarrow, or if no image can be read.
+    Raises ValueError for another suffix, or if no image can be read.
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: embeddings are written as {' or '.join(SUFFIXES)}")
-    if out.suffix == ".parquet":
-        _pyarrow()  # before the work, not after it
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     images = open_source(kind, str(source)) if isinstance(source, str | Path) else source
     view = choose_transform(images, eval_size(extractor, image_size))
@@ -103,7 +99,9 @@ def _write_npz(path: Path, parts: Iterator[tuple[list[str], np.ndarray]], embed_
 
 
 def _write_parquet(path: Path, parts: Iterator[tuple[list[str], np.ndarray]], embed_dim: int, about: str) -> None:
-    arrow, parquet = _pyarrow()
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     schema = arrow.schema(
         [("name", arrow.string()), ("embedding", arrow.list_(arrow.float32(), embed_dim))], metadata={"quietvit": about}
     )
@@ -112,10 +110,3 @@ def _write_parquet(path: Path, parts: Iterator[tuple[list[str], np.ndarray]], em
             values = arrow.array(np.ascontiguousarray(rows).reshape(-1), arrow.float32())
             columns = [arrow.array(names, arrow.string()), arrow.FixedSizeListArray.from_arrays(values, embed_dim)]
             writer.write_table(arrow.table(columns, schema=schema))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError("writing .parquet needs pyarrow: pip install pyarrow, or write .npz instead") from error
