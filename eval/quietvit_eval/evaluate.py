@@ -92,6 +92,7 @@ def evaluate(
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     sources = data_spec.open() if isinstance(data_spec, DataSpec) else data_spec
     train, test, names = choose_splits(*sources, label, limit_train=limit_train, limit_test=limit_test, seed=seed)
+    transform = choose_transform(train.source, eval_size(extractor, image_size))
     folder = None if out_dir is None else Path(out_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def evaluate(
         test,
         label,
         names,
-        choose_transform(train.source, eval_size(extractor, image_size)),
+        transform,
         max(find_task(name).blocks for name in settings),
         Reading(batch_size, workers, console, folder),
         seed,

@@ -193,7 +193,7 @@ def test_too_many_unreadable_images_end_the_run(shell: Shell, workers: int) -> N
     # Ten are never too many, whatever their share; a batch of 24 meets all of them.
     for i in range(11):
         (shell.images / f"{i:02d}.jpg").write_bytes(b"no image")
-    settings = ["train.batch_size=24", "health.images=0", f"data.workers={workers}"]
+    settings = ["train.batch_size=24", f"data.workers={workers}"]
     shell.refused(shell.train(*settings), "11 of 24 images cannot be read", "unreadable.txt", "data.max_bad_share")
     assert len((shell.run / "unreadable.txt").read_text().splitlines()) == 11
     assert not (shell.run / "checkpoints").exists()
@@ -208,7 +208,7 @@ def test_no_readable_image_at_all(shell: Shell, workers: int) -> None:
     # With one worker the error comes from another process; the message is the same.
     for file in shell.images.iterdir():
         file.write_bytes(b"no image")
-    message = shell.refused(shell.train("health.images=0", f"data.workers={workers}"), "cannot be read", ".jpg: ")
+    message = shell.refused(shell.train(f"data.workers={workers}"), "cannot be read", ".jpg: ")
     assert "worker" not in message
     assert len(message.splitlines()) == 1
 

@@ -63,7 +63,10 @@ def _recipe_text(recipe: str) -> str:
     path = Path(recipe)
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"recipe {recipe!r} is not UTF-8 text: {error}") from error
         raise ConfigError(f"there is no recipe file {recipe!r}")
     raise ConfigError(
         f"unknown recipe {recipe!r}.{_nearest(recipe, known)} Recipes: {', '.join(known)}; or a .yaml file"

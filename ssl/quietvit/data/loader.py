@@ -119,7 +119,7 @@ class MultiCropBatches(Dataset[Batch]):
                 bad.append(BadSample(error.name, error.reason))
             if len(bad) > MAX_ATTEMPTS:
                 raise TooManyUnreadable(
-                    f"{len(bad)} images of {self.source.name} in a row cannot be read; the last was "
+                    f"{len(bad)} images in a row cannot be read ({self.source.name}); the last was "
                     f"{bad[-1].name}: {bad[-1].reason}"
                 )
             candidate = replacement(len(self.source), self.seed, index, pass_, attempt=len(bad))

@@ -67,7 +67,12 @@ class Probe:
 
     @torch.no_grad()
     def look(self, backbone: nn.Module) -> dict[str, float]:
-        """RankMe of [CLS], share of patch tokens with outlying norms, and k-NN where there are labels."""
+        """RankMe of [CLS], share of patch tokens with outlying norms, and k-NN where there are labels.
+
+        Empty when no held-out image could be read: the training loop reports the images themselves.
+        """
+        if len(self.held_out.images) == 0:
+            return {}
         cls, norms = self._features(backbone, self.held_out.images)
         values = {"rank": rankme(cls), "outlier_share": outlier_share(norms)}
         h = self.held_out
