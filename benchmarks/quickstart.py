@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from quietvit.build import build_backbone
 from quietvit.config.load import load_config
 from quietvit.data.ram_cache import cached
 from quietvit.data.sources import open_source
 from quietvit.train.environment import environment
 from quietvit_launch.demo import RECIPE, TASKS, run_demo
-from torch import Tensor, nn
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by number of seeds
 
