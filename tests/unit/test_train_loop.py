@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import make_images, said, tiny_training
 from torch import Tensor
 
 from quietvit.contracts import Batch
 from quietvit.train import checkpoint
 from quietvit.train.loop import Training, TrainingStoppedError, run
 from quietvit.train.metrics import read_metrics
+from tiny_run import make_images, said, tiny_training
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def break_when(training: Training, bad: Callable[[int], bool]) -> None:
     """Spoil the koleo term of the steps (counted from 0) for which `bad` holds."""
-    study, calls = training.method.study, itertools.count()  # type: ignore[union-attr]
+    study, calls = training.method.study, itertools.count()
 
     def spoilt(batch: Batch, targets: Any) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = study(batch, targets)  # type: ignore[operator]
@@ -75,7 +75,7 @@ def test_a_good_step_resets_the_count(images: Path, tmp_path: Path) -> None:
 
 def test_targets_of_skipped_steps_stay_out_of_the_figures(images: Path, tmp_path: Path) -> None:
     training = tiny_training(tmp_path, images, "train.steps=10")
-    teach = training.method.teach  # type: ignore[union-attr]
+    teach = training.method.teach
     calls = itertools.count()
 
     def spoilt(batches: Any, *, temp: float) -> Any:

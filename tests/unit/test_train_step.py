@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import make_images, tiny_training
 from torch import Tensor
 
 from quietvit.contracts import Batch
@@ -17,6 +16,7 @@ from quietvit.train.accumulate import split
 from quietvit.train.loop import Training, running_buffers
 from quietvit.train.state import gather
 from quietvit.train.step import Outcome, seed_step, train_step
+from tiny_run import make_images, tiny_training
 
 AT = StepValues(lr=0.01, last_layer_lr=0.0, weight_decay=0.1, momentum=0.9, teacher_temp=0.05)
 
@@ -60,7 +60,7 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 def spoil(training: Training, monkeypatch: pytest.MonkeyPatch, term: str, value: float, call: int) -> None:
     """Make one term of the call-th micro-batch from now on not finite, its gradient included."""
-    study, calls = training.method.study, itertools.count()  # type: ignore[union-attr]
+    study, calls = training.method.study, itertools.count()
 
     def broken(batch: Batch, targets: Any) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = study(batch, targets)  # type: ignore[operator]

@@ -47,5 +47,6 @@ def restore(method: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappin
         if moments:
             # "step" stays where AdamW keeps it: on the CPU unless it is fused or capturable.
             optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(parameter.device, parameter.dtype) for k, v in moments.items()
+                k: v.clone() if k == "step" else v.to(parameter.device, parameter.dtype, copy=True)
+                for k, v in moments.items()
             }
