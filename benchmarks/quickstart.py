@@ -78,14 +78,15 @@ def main() -> None:
     args = parser.parse_args()
     summaries = []
     for seed in args.seeds:
-        run_demo(args.out / f"seed{seed}", seed=seed)
+        if not (args.out / f"seed{seed}" / "summary.json").exists():  # an interrupted benchmark goes on
+            run_demo(args.out / f"seed{seed}", seed=seed)
         summaries.append(json.loads((args.out / f"seed{seed}" / "summary.json").read_text()))
     config = load_config(RECIPE)
     assert config.train.steps is not None
     assert isinstance(config.train.batch_size, int)
     began = time.monotonic()
     control = supervised(
-        summaries[0]["label"], train_images=4000, steps=config.train.steps, batch_size=config.train.batch_size, seed=0
+        summaries[0]["label"], train_images=3000, steps=config.train.steps, batch_size=config.train.batch_size, seed=0
     )
     report: dict[str, Any] = {
         "date": date.today().isoformat(),

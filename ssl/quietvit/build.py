@@ -210,9 +210,11 @@ def build_crops(config: RunConfig) -> MultiCrop:
     )
 
 
-def _workers(config: RunConfig) -> int:
+def _workers(config: RunConfig, device: torch.device) -> int:
     if config.data.workers >= 0:
         return config.data.workers
+    if device.type == "cpu":
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores - 1))
 
@@ -235,7 +237,7 @@ def _batches(
             steps,
             start_step=start,
             total_steps=the_plan.steps,
-            workers=_workers(config),
+            workers=_workers(config, device),
             pin_memory=device.type == "cuda",
         )
         return iter(loader)
