@@ -134,28 +134,16 @@ def _stage(
     period = camera.half * draws.uniform(0.19, 0.32)
     turn = draws.uniform(-0.2, 0.2)  # people hang things nearly straight
     colour = paint(_BACKGROUNDS[background], u, v / distance, draws, period=period, turn=turn)
-    colour *= _lamp(u, v / distance, draws)[..., None]
-    grey = draws.uniform(0.15, 0.85)
+    colour *= draws.uniform(0.8, 1.0)
+    grey = draws.uniform(0.25, 0.8)
     tone = np.array([grey + draws.uniform(-0.1, 0.1) for _ in range(3)], dtype=np.float32)
     floor = camera.fall * (-1 / camera.eye)
     rows = slice(int((floor[:, 0] <= near.min(axis=1)).sum()), None)  # the floor grows nearer row by row
     shade = _floor_light(camera, rows, 1 / np.maximum(floor[rows], np.float32(0.02)), solids)
     seen = (floor[rows] > near[rows])[..., None]
-    np.minimum(colour, 1.0, out=colour)
     colour[rows] = np.where(seen, shade[..., None] * tone, colour[rows])
     near[rows] = np.maximum(near[rows], floor[rows])
     return colour, near
-
-
-def _lamp(u: Float32[np.ndarray, "s s"], v: Float32[np.ndarray, "s s"], draws: Draws) -> Float32[np.ndarray, "s s"]:
-    """Brightness of the wall: a pool of light somewhere, the rest in the dim.
-
-    Slow changes of brightness weigh most in a comparison of pixels, and leave the texture of any small part as it is.
-    """
-    du, dv = u - draws.uniform(-0.6, 0.6), v - draws.uniform(-0.2, 0.6)
-    dim, width = draws.uniform(0.25, 0.7), draws.uniform(0.2, 0.5) ** 2
-    light: Float32[np.ndarray, "s s"] = dim + (1.3 - dim) / (1 + (du * du + dv * dv) * (1 / width))
-    return light
 
 
 def _floor_light(
