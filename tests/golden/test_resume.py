@@ -30,6 +30,7 @@ SETTINGS = [
     "crops.num_local=2",
     "crops.blur_kernel=3",
     "objective.centering=softmax",
+    "objective.ibot_weight=1.0",
     "objective.head.num_prototypes=32",
     "objective.head.hidden_dim=32",
     f"train.steps={STEPS}",
