@@ -117,7 +117,7 @@ UNIFORM = math.log(256)
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"rank": 1.2}, "collapsing: the features fill 1.2 of 96 dimensions"),
+        ({"rank": 1.2}, "collapsing, or not started yet: the features fill 1.2 of 96 dimensions"),
         ({"teacher/mean_entropy": 0.0}, "uses few prototypes"),
         ({"teacher/entropy": UNIFORM}, "still uniform"),
     ],

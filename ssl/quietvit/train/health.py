@@ -117,8 +117,8 @@ def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progr
         return said
     if values.get("rank", math.inf) < max(2.0, 0.02 * embed_dim):
         said.append(
-            f"collapsing, or not started yet: the features fill {values['rank']:.1f} of {embed_dim} dimensions. If they "
-            "filled more before, the learning rate is likely too high or the batch too small: halve optim.lr"
+            f"collapsing, or not started yet: the features fill {values['rank']:.1f} of {embed_dim} dimensions. If "
+            "they filled more before, the learning rate is likely too high or the batch too small: halve optim.lr"
         )
     entropy = values.get("teacher/mean_entropy")
     if entropy is not None and entropy < 0.1 * math.log(prototypes):
