@@ -28,7 +28,7 @@ class ModelConfig:
     pos_interpolation: str = "size"  # [Reg] App. A and its released models; "offset": the original models
     pos_antialias: bool = True  # [Reg] App. A: without it the position table gets stripes
     attention: str = "auto"  # a row of ATTENTION, or "auto"
-    init: str = "trunc_normal"  # short recipe; "xavier" starts sooner in tiny models (benchmarks/results/)
+    init: str = "trunc_normal"  # short recipe; "xavier" (ours, by reasoning, not measured): larger weights for tiny models
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DataConfig:
         default_factory=dict
     )  # keywords of the source, e.g. num_images
     # -1: as many as there are cores to spare, 8 at the most; none when training on the CPU itself, where they take the
-    # cores from the model (quickstart on 2 cores: 111 images/s without, 86 with one worker)
+    # cores from the model (benchmarks/results/workers-2026-11-21.md)
     workers: int = -1
     ram_cache_mb: int = 1024  # decoded images are kept in memory if they all fit in this (ours)
     max_bad_share: float = 0.01  # stop when more of the images than this cannot be read (ours)
