@@ -28,7 +28,7 @@ class ModelConfig:
     pos_interpolation: str = "size"  # [Reg] App. A and its released models; "offset": the original models
     pos_antialias: bool = True  # [Reg] App. A: without it the position table gets stripes
     attention: str = "auto"  # a row of ATTENTION, or "auto"
-    init: str = "trunc_normal"  # short recipe; "xavier" (ours, by reasoning, not measured): larger weights for tiny models
+    init: str = "trunc_normal"  # short recipe; "xavier" (ours, not compared): larger weights for tiny models
 
 
 @dataclass(frozen=True)
