@@ -120,8 +120,16 @@ def build_backbone(config: RunConfig) -> nn.Module:
         "attention": model.attention,
         "init": model.init,
     }
-    sizes = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads, "ffn": model.ffn}
-    arguments |= {k: v for k, v in sizes.items() if v is not None}
+    given = {
+        "embed_dim": model.embed_dim,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "ffn": model.ffn,
+        "stem_attention": model.stem.attention,
+        "token_dim": model.stem.token_dim,
+        "recompute": model.stem.recompute or None,
+    }
+    arguments |= {k: v for k, v in given.items() if v is not None}
     return make_backbone(model.backbone, size=model.size, **arguments)
 
 
@@ -250,13 +258,16 @@ def step_shapes(config: RunConfig, student: nn.ModuleDict) -> Shapes:
     backbone = cast(Trunk, student["backbone"])
     crops, objective, options = config.crops, config.objective, backbone.options
     extra, patches = 1 + options.num_registers, (crops.global_size // backbone.stride) ** 2
-    hidden = int(options.embed_dim * options.mlp_ratio)
+    widths = [cast(int, block.out_dim) for block in backbone.blocks]
+    hidden = int(sum(widths) / len(widths) * options.mlp_ratio)
     patch_head = objective.ibot_head if objective.separate_heads else objective.head
     return Shapes(
         parameters=sum(p.numel() for p in student.parameters()),
-        embed_dim=options.embed_dim,
+        embed_dim=round(sum(widths) / len(widths)),
         depth=options.depth,
-        ffn_values=2 * hidden if options.ffn == "mlp" else 4 * swiglu_width(hidden),
+        stem_values=2 * backbone.stem_values(crops.global_size)
+        + crops.num_local * backbone.stem_values(crops.local_size),
+        ffn_values=4 * swiglu_width(hidden) if options.ffn == "swiglu" else 2 * hidden,
         global_tokens=patches + extra,
         local_tokens=(crops.local_size // backbone.stride) ** 2 + extra,
         num_local=crops.num_local,

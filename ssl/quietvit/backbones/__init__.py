@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
+from quietvit.backbones.t2t_vit import T2TViT
 from quietvit.backbones.trunk import Trunk, TrunkOptions
 from quietvit.backbones.vit import VisionTransformer
 
 __all__ = ["BACKBONES", "Trunk", "make_backbone"]
 
-BACKBONES: Mapping[str, type[Trunk]] = {"vit": VisionTransformer}
+BACKBONES: Mapping[str, type[Trunk]] = {"vit": VisionTransformer, "t2t_vit": T2TViT}
 
 
 def make_backbone(name: str, *, size: str | None = None, **arguments: Any) -> Trunk:

@@ -8,23 +8,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from quietvit.backbones.dense import Transition, dense_blocks
 from quietvit.contracts import Features
 from quietvit.nn.attention import Attend, check_attention_name, choose_attention
 from quietvit.nn.block import Block, LayerScale
 from quietvit.nn.drop_path import BranchDrop, draw_drop, drop_rates
+from quietvit.nn.ghost import ChannelScale
 from quietvit.nn.packing import Groups, pack, unpack
-from quietvit.nn.position import POS_INTERPOLATION, resize_positions
+from quietvit.nn.position import POS_INTERPOLATION, resize_positions, sinusoid_positions
 
 __all__ = ["Trunk", "TrunkOptions"]
 
 Grid = tuple[int, int]  # patch rows, patch columns
 INITS = ("trunc_normal", "xavier")
+POSITIONS = ("learned", "sinusoid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,10 @@ class TrunkOptions:
     num_heads: int
     image_size: int = 224  # side in pixels that the position table is made for; D2: 224 in training, 518 released
     num_registers: int = 4  # recommended in "Vision Transformers Need Registers", section 3; D2 defaults to 0
-    ffn: str = "mlp"  # D2; its giant model has "swiglu"
+    ffn: str = "mlp"  # D2; its giant model has "swiglu"; "ghost": T2T-ViT's architecture study
+    attention_layer: str = "plain"  # D2; "se" and "ghost": T2T-ViT's architecture study
+    dense_groups: str = ""  # "3-6-6-4": dense connections (quietvit/backbones/dense.py); depth counts their transitions
+    growth: int = 64  # channels that a dense block adds; T2T-ViT, appendix
     mlp_ratio: float = 4.0  # D2, all sizes
     layer_scale: float = 1e-5  # D2 training; 0 leaves layer scale out, names included
     qkv_bias: bool = True  # D2
@@ -45,6 +52,7 @@ class TrunkOptions:
     norm_eps: float = 1e-6  # D2
     drop_path: float = 0.0  # a recipe's choice: D2 has 0.3 or 0.4
     drop_path_uniform: bool = True  # D2; otherwise rising linearly from 0 over the blocks
+    positions: str = "learned"  # D2, a table over rows and columns; "sinusoid": T2T-ViT's fixed one over the sequence
     pos_interpolation: str = "size"  # the released reg4 models; "offset": those without registers
     pos_offset: float = 0.1  # D2, in offset mode only
     pos_antialias: bool = True  # the released reg4 models; registers paper, appendix A: without it, stripes
@@ -57,6 +65,8 @@ class TrunkOptions:
             raise ValueError(f"pos_interpolation must be one of {POS_INTERPOLATION}, not '{self.pos_interpolation}'")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, not '{self.init}'")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, not '{self.positions}'")
         if self.num_registers < 0:
             raise ValueError(f"num_registers must be 0 or more, not {self.num_registers}")
         if not 0 <= self.drop_path < 1:
@@ -80,32 +90,42 @@ class Trunk(nn.Module, ABC):
         if o.image_size % stride:
             raise ValueError(f"image_size {o.image_size} is no multiple of {stride}; {_nearest(o.image_size, stride)}")
         self.options = o
-        self.embed_dim, self.num_blocks, self.num_registers = o.embed_dim, o.depth, o.num_registers
+        self.num_blocks, self.num_registers = o.depth, o.num_registers
         self.stride, self.image_size = stride, o.image_size
         self.native_grid: Grid = (o.image_size // stride, o.image_size // stride)
         self.drop_rates = drop_rates(o.drop_path, o.depth, uniform=o.drop_path_uniform)
 
         num_patches = self.native_grid[0] * self.native_grid[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, o.embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, o.embed_dim))
+        table = torch.empty(1, 1 + num_patches, o.embed_dim)
+        if o.positions == "learned":
+            self.pos_embed = nn.Parameter(table)
+        else:
+            self.register_buffer("pos_embed", table)
         if o.num_registers:
             self.register_tokens = nn.Parameter(torch.empty(1, o.num_registers, o.embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, o.embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(
-                o.embed_dim,
-                o.num_heads,
-                ffn=o.ffn,
-                mlp_ratio=o.mlp_ratio,
-                layer_scale=o.layer_scale,
-                qkv_bias=o.qkv_bias,
-                proj_bias=o.proj_bias,
-                ffn_bias=o.ffn_bias,
-                norm_eps=o.norm_eps,
-            )
-            for _ in range(o.depth)
-        )
-        self.norm = nn.LayerNorm(o.embed_dim, eps=o.norm_eps)
+        layer: dict[str, Any] = {
+            "ffn": o.ffn,
+            "attention_layer": o.attention_layer,
+            "mlp_ratio": o.mlp_ratio,
+            "layer_scale": o.layer_scale,
+            "qkv_bias": o.qkv_bias,
+            "proj_bias": o.proj_bias,
+            "ffn_bias": o.ffn_bias,
+            "norm_eps": o.norm_eps,
+        }
+        if o.dense_groups:
+            blocks = dense_blocks(o.embed_dim, o.num_heads, o.dense_groups, o.growth, **layer)
+            if len(blocks) != o.depth:
+                raise ValueError(f"dense_groups {o.dense_groups} make {len(blocks)} blocks with their transitions; "
+                                 f"set depth to {len(blocks)}, not {o.depth}")  # fmt: skip
+        else:
+            blocks = [Block(o.embed_dim, o.num_heads, **layer) for _ in range(o.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.embed_dim = blocks[-1].out_dim
+        self.first_readable_block = max((i + 1 for i, b in enumerate(blocks) if isinstance(b, Transition)), default=0)
+        self.norm = nn.LayerNorm(self.embed_dim, eps=o.norm_eps)
 
     # ---- what a backbone provides
 
@@ -118,6 +138,10 @@ class Trunk(nn.Module, ABC):
         Masked tokens must be `mask_token`, and no other token may depend on the pixels under the mask.
         """
 
+    def stem_values(self, side: int) -> int:
+        """Numbers that the stem keeps for the backward pass of one image, beside its tokens: an estimate."""
+        return 0
+
     @abstractmethod
     def init_stem(self, generator: torch.Generator | None) -> None:
         """Initialise the parameters of the stem."""
@@ -128,7 +152,10 @@ class Trunk(nn.Module, ABC):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Give every parameter its starting value (DINOv2 training code), also after `to_empty`."""
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        if self.options.positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        else:
+            self.pos_embed.copy_(sinusoid_positions(self.pos_embed.shape[1], self.options.embed_dim))
         if self.num_registers:
             nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
         nn.init.zeros_(self.mask_token)
@@ -138,6 +165,8 @@ class Trunk(nn.Module, ABC):
                 self.init_linear(module, generator)
             elif isinstance(module, (nn.LayerNorm, LayerScale)):
                 module.reset_parameters()
+            elif isinstance(module, ChannelScale):
+                module.reset_parameters(generator)
 
     def init_linear(self, linear: nn.Linear, generator: torch.Generator | None) -> None:
         """Starting value of a linear layer: `options.init`, bias 0."""
@@ -181,7 +210,14 @@ class Trunk(nn.Module, ABC):
 
     def split(self, tokens: Float[Tensor, "b T D"], grid: Grid, *, norm: bool = True) -> Features:
         """Tokens as Features, through the final norm unless told otherwise."""
-        x = self.norm(tokens) if norm else tokens
+        width = tokens.shape[-1]
+        if width == self.embed_dim:
+            x = self.norm(tokens) if norm else tokens
+        else:  # inside the last group of a dense trunk
+            x = tokens
+            if norm:
+                x = F.layer_norm(x, (width,), self.norm.weight[:width], self.norm.bias[:width], self.norm.eps)
+            x = F.pad(x, (0, self.embed_dim - width))
         first = 1 + self.num_registers
         return Features(x[:, 0], x[:, 1:first], x[:, first:].unflatten(1, grid))
 
@@ -190,12 +226,20 @@ class Trunk(nn.Module, ABC):
     ) -> list[Features]:
         """Features after each of the last `num` blocks, or after the blocks with the listed indices, earliest first.
 
+        Dense blocks append channels: earlier features hold zeros where later blocks will write. They can be read after
+        the blocks of the last group, whose channels are still the first ones at the end.
+
         Raises:
-            ValueError: more blocks than there are, or an index outside 0 .. num_blocks - 1.
+            ValueError: more blocks than there are or can be read, or an index outside 0 .. num_blocks - 1.
         """
         wanted = range(self.num_blocks - num, self.num_blocks) if isinstance(num, int) else sorted(set(num))
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_blocks:
             raise ValueError(f"blocks {num} asked for; this model has {self.num_blocks} (indices from 0)")
+        if wanted[0] < self.first_readable_block:
+            raise ValueError(
+                f"blocks {num} asked for; of this dense trunk, those from {self.first_readable_block} to "
+                f"{self.num_blocks - 1} can be read: the channels of earlier ones are gone"
+            )
         x, groups, grids = self._embed([images], None)
         states = self._run_blocks(x, groups, wanted)[1]
         return [self.split(unpack(state, groups)[0], grids[0], norm=norm) for state in states]
@@ -203,6 +247,10 @@ class Trunk(nn.Module, ABC):
     def positions(self, grid: Grid) -> Float[Tensor, "1 1+h*w D"]:
         """The position table for a patch grid, the class token's row first."""
         o = self.options
+        if o.positions == "sinusoid":
+            count = 1 + grid[0] * grid[1]
+            same = grid == self.native_grid
+            return self.pos_embed if same else sinusoid_positions(count, o.embed_dim).to(self.pos_embed)
         return resize_positions(
             self.pos_embed, self.native_grid, grid, mode=o.pos_interpolation, offset=o.pos_offset,
             antialias=o.pos_antialias,
@@ -244,18 +292,17 @@ class Trunk(nn.Module, ABC):
         self, x: Float[Tensor, "T D"], groups: Groups, collect: Sequence[int]
     ) -> tuple[Float[Tensor, "T D"], list[Float[Tensor, "T D"]]]:
         """The tokens after the last block, and those after each block listed in `collect`."""
-        attend = self._attend(x, groups)
         states = []
         for i, block in enumerate(self.blocks):
+            attend = self._attend(x, groups, cast(int, block.head_dim))
             x = block(x, groups, attend, self._draw(i, x, groups))
             if i in collect:
                 states.append(x)
         return x, states
 
-    def _attend(self, x: Tensor, groups: Groups) -> Attend:
+    def _attend(self, x: Tensor, groups: Groups, head_dim: int) -> Attend:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        head_dim = self.embed_dim // self.options.num_heads
         return choose_attention(self.options.attention, x.device, dtype, head_dim, len(groups)).attend
 
     def _draw(self, block: int, x: Tensor, groups: Groups) -> tuple[BranchDrop | None, BranchDrop | None]:

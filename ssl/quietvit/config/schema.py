@@ -10,11 +10,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class StemConfig:
+    """The tokens-to-token stem of t2t_vit; a ViT has none of these."""
+
+    attention: str | None = None  # "performer" or "transformer"; None: what the size says
+    token_dim: int | None = None  # width inside the stem; None: what the size says (T2T-ViT: 64)
+    recompute: bool = False  # hold less of the stem for the backward pass and compute it twice
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The backbone."""
 
-    backbone: str = "vit"  # a row of BACKBONES
-    size: str = "small"  # a row of the backbone's size table: nano, micro, tiny, small, base, large, giant
+    backbone: str = "vit"  # a row of BACKBONES: vit, t2t_vit
+    size: str = "small"  # a row of the backbone's size table: `quietvit info` prints them
     embed_dim: int | None = None  # None: what the size says
     depth: int | None = None
     num_heads: int | None = None
@@ -28,6 +37,7 @@ class ModelConfig:
     pos_interpolation: str = "size"  # [Reg] App. A and its released models; "offset": the original models
     pos_antialias: bool = True  # [Reg] App. A: without it the position table gets stripes
     attention: str = "auto"  # a row of ATTENTION, or "auto"
+    stem: StemConfig = field(default_factory=StemConfig)
     init: str = "trunc_normal"  # short recipe; "xavier" (ours, not compared): larger weights for tiny models
 
 

@@ -167,6 +167,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
+    def project(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T 3*D"]:
+        """Queries, keys and values of every token, one after the other."""
+        return cast(Tensor, self.qkv(x))
+
     def forward(self, x: Float[Tensor, "T D"], groups: Groups, attend: Attend = _sdpa) -> Float[Tensor, "T D"]:
-        qkv = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim)
+        qkv = self.project(x).view(-1, 3, self.num_heads, self.head_dim)
         return cast(Tensor, self.proj(attend(qkv, groups).flatten(1)))

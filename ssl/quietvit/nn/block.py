@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import cast
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from quietvit.nn.attention import ATTENTION, Attend, Attention
 from quietvit.nn.drop_path import BranchDrop, add_residual
-from quietvit.nn.feed_forward import FEED_FORWARD
+from quietvit.nn.feed_forward import Mlp, SwiGlu
+from quietvit.nn.ghost import GhostAttention, GhostMlp
 from quietvit.nn.packing import Groups
+from quietvit.nn.squeeze_excitation import GatedAttention
 
-__all__ = ["Block", "LayerScale"]
+__all__ = ["ATTENTION_LAYERS", "FEED_FORWARD", "Block", "LayerScale"]
 
 
 class LayerScale(nn.Module):
@@ -33,6 +36,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+FEED_FORWARD: Mapping[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu": SwiGlu, "ghost": GhostMlp}
+ATTENTION_LAYERS: Mapping[str, Callable[..., Attention]] = {
+    "plain": Attention,
+    "se": GatedAttention,
+    "ghost": GhostAttention,
+}
+
+
 class Block(nn.Module):
     """x <- x + DP(LS1(Attn(LN1 x))); x <- x + DP(LS2(FFN(LN2 x))).
 
@@ -46,6 +57,7 @@ class Block(nn.Module):
         num_heads: int,
         *,
         ffn: str = "mlp",
+        attention_layer: str = "plain",
         mlp_ratio: float = 4.0,
         layer_scale: float = 0.0,
         qkv_bias: bool = True,
@@ -54,11 +66,12 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if ffn not in FEED_FORWARD:
-            near = get_close_matches(ffn, FEED_FORWARD, n=1) or list(FEED_FORWARD)
-            raise ValueError(f"unknown ffn '{ffn}'; did you mean {' or '.join(near)}?")
+        _check_known("ffn", ffn, FEED_FORWARD)
+        _check_known("attention_layer", attention_layer, ATTENTION_LAYERS)
+        self.out_dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+        self.attn = ATTENTION_LAYERS[attention_layer](dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+        self.head_dim = self.attn.head_dim
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), bias=ffn_bias)
@@ -79,3 +92,10 @@ class Block(nn.Module):
 
         x = add_residual(x, attention, groups, drops[0])
         return add_residual(x, feed_forward, groups, drops[1])
+
+
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    names = list(known)
+    if name not in names:
+        near = get_close_matches(name, names, n=1) or names
+        raise ValueError(f"unknown {what} '{name}'; did you mean {' or '.join(near)}?")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["FEED_FORWARD", "Mlp", "SwiGlu", "swiglu_width"]
+__all__ = ["Mlp", "SwiGlu", "swiglu_width"]
 
 
 class Mlp(nn.Module):
@@ -41,6 +40,3 @@ class SwiGlu(nn.Module):
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return cast(Tensor, self.w3(F.silu(gate) * value))
-
-
-FEED_FORWARD: Mapping[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu": SwiGlu}

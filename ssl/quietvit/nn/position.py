@@ -1,4 +1,4 @@
-"""Bicubic resizing of a learned position table to another patch grid, in both modes of DINOv2.
+"""Position tables: a learned one resized to another patch grid in both modes of DINOv2, and T2T-ViT's sinusoids.
 
 Bicubic resizing is linear and separable: out = Rows @ table @ Cols'. The two small matrices depend on sizes only, so
 they are computed once and kept, which is faster than resizing at every forward, cannot go stale when the table is
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["POS_INTERPOLATION", "resize_positions"]
+__all__ = ["POS_INTERPOLATION", "resize_positions", "sinusoid_positions"]
 
 POS_INTERPOLATION = ("size", "offset")
 
@@ -69,3 +69,22 @@ def resize_matrix(
                 "use pos_offset: 0.1, or pos_interpolation: size"
             )
         return resized[0, 0].to(device)
+
+
+@lru_cache(maxsize=16)
+def _sinusoids(count: int, dim: int) -> Float[Tensor, "1 count dim"]:
+    with torch.inference_mode(False):
+        position = torch.arange(count, dtype=torch.float64, device="cpu")[:, None]
+        channel = torch.arange(dim, dtype=torch.float64, device="cpu")
+        angle = position / 10000 ** (2 * (channel // 2) / dim)
+        return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def sinusoid_positions(count: int, dim: int) -> Float[Tensor, "1 count dim"]:
+    """T2T-ViT's fixed table over the sequence (its section 3.2, after Vaswani et al. 2017), float32, on the CPU.
+
+    Row p, channel j: sin (even j) or cos (odd j) of p / 10000^(2 floor(j / 2) / dim); row 0 is the class token's. The
+    patches are numbered row by row, so that the same row means another place in every other grid: for its weights only.
+    """
+    make = _sinusoids.__wrapped__ if torch.compiler.is_compiling() else _sinusoids
+    return make(count, dim)

@@ -82,6 +82,7 @@ class Shapes:
     embed_dim: int
     depth: int
     ffn_values: int  # kept per token by a feed-forward network: before and after its nonlinearity
+    stem_values: int  # kept per image, over all crops, by a stem other than a plain patch projection
     global_tokens: int  # per global crop, with [CLS] and registers
     local_tokens: int
     num_local: int
@@ -109,6 +110,7 @@ def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int, accumu
 
     views = 2 * shapes.global_tokens
     per_image = kept(views + shapes.num_local * shapes.local_tokens, shapes.depth) + kept(views, 1)
+    per_image += shapes.stem_values * bytes_per_value
     masked = shapes.masked_per_image * shapes.patch_prototypes
     student = (2 + shapes.num_local) * shapes.prototypes + masked
     targets = 2 * shapes.prototypes + masked
