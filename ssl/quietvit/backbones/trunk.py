@@ -57,6 +57,7 @@ class TrunkOptions:
     pos_offset: float = 0.1  # D2, in offset mode only
     pos_antialias: bool = True  # the released reg4 models; registers paper, appendix A: without it, stripes
     attention: str = "auto"  # ours: see choose_attention
+    num_classes: int = 0  # a supervised head that came with someone's weights; we train without one
     init: str = "trunc_normal"  # D2; "xavier" (Glorot uniform) gives small models a livelier start
     init_std: float = 0.02  # D2; of linear layers, under trunc_normal only
 
@@ -126,6 +127,8 @@ class Trunk(nn.Module, ABC):
         self.embed_dim = blocks[-1].out_dim
         self.first_readable_block = max((i + 1 for i, b in enumerate(blocks) if isinstance(b, Transition)), default=0)
         self.norm = nn.LayerNorm(self.embed_dim, eps=o.norm_eps)
+        if o.num_classes:
+            self.head = nn.Linear(self.embed_dim, o.num_classes)
 
     # ---- what a backbone provides
 
@@ -160,7 +163,8 @@ class Trunk(nn.Module, ABC):
             nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
         nn.init.zeros_(self.mask_token)
         self.init_stem(generator)
-        for module in (*self.blocks.modules(), self.norm):
+        head = (self.head,) if self.options.num_classes else ()
+        for module in (*self.blocks.modules(), self.norm, *head):
             if isinstance(module, nn.Linear):
                 self.init_linear(module, generator)
             elif isinstance(module, (nn.LayerNorm, LayerScale)):
@@ -200,6 +204,12 @@ class Trunk(nn.Module, ABC):
             return self._forward_groups([images], [masks])[0]
         assert not isinstance(masks, Tensor)
         return self._forward_groups(images, masks)
+
+    def logits(self, features: Features) -> Float[Tensor, "b classes"]:
+        """Class scores of the supervised head, from the class token. Raises ValueError if there is no head."""
+        if not self.options.num_classes:
+            raise ValueError("this backbone has no supervised head: its weights came without one")
+        return cast(Tensor, self.head(features.cls))
 
     def tokens(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
