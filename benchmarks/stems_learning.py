@@ -1,6 +1,6 @@
 """Does a T2T-ViT with registers learn as the ViT of the same trunk does, for as many steps and for as much time?
 
-    python -m benchmarks.stems_learning run quickstart --stem vit --seed 0 --out runs/stems      (and t2t_vit; seeds 1, 2)
+    python -m benchmarks.stems_learning run quickstart --stem vit --seed 0 --out runs/stems   # t2t_vit, seeds 1, 2 too
     python -m benchmarks.stems_learning ratio quickstart --out runs/stems
     python -m benchmarks.stems_learning run quickstart --stem t2t_vit --seed 0 --ratio 1.3 --out runs/stems
     python -m benchmarks.stems_learning report --out runs/stems --write benchmarks/results/stems-<date>
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.quickstart import interval
 from rich.console import Console
 
-from benchmarks.quickstart import interval
 from quietvit.config.load import load_config
 from quietvit.data.ram_cache import cached
 from quietvit.data.sources import Source, open_source
