@@ -297,7 +297,7 @@ def test_the_kernel_estimates_the_exponential() -> None:
     generator = torch.Generator().manual_seed(5)
     draws = torch.stack([random_features(FEATURES, DIM, 1.0, generator) for _ in range(1500)]).double()
     for aligned in (0.0, 0.8, -0.8):
-        q, k = torch.randn(2, DIM, generator=generator, dtype=torch.double) * DIM**-0.5  # about as long as 1
+        q, k = torch.randn(2, DIM, generator=generator, dtype=torch.double) * 0.7 * DIM**-0.5  # about as long as 0.7
         k = aligned * q + (1 - abs(aligned)) * k
         length, target = (q + k).norm().item(), (q @ k).exp().item()
         for norm in (DIM**0.5, FEATURES**0.5):
@@ -309,5 +309,5 @@ def test_the_kernel_estimates_the_exponential() -> None:
             if norm == DIM**0.5:
                 assert exact == pytest.approx(target, rel=0.06)
                 assert math.log(exact / target) == pytest.approx(-(length**4) / (4 * (DIM + 2)), rel=0.1)
-            elif length > 1:
-                assert exact < 0.8 * target
+            elif aligned == 0.8:
+                assert exact < 0.75 * target
