@@ -26,6 +26,7 @@ from quietvit.data.ram_cache import cached
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.methods import METHODS
+from quietvit.nn.block import Block
 from quietvit.nn.feed_forward import swiglu_width
 from quietvit.optim import make_optimizer, parameter_groups
 from quietvit.train import checkpoint
@@ -258,13 +259,13 @@ def step_shapes(config: RunConfig, student: nn.ModuleDict) -> Shapes:
     backbone = cast(Trunk, student["backbone"])
     crops, objective, options = config.crops, config.objective, backbone.options
     extra, patches = 1 + options.num_registers, (crops.global_size // backbone.stride) ** 2
-    widths = [cast(int, block.out_dim) for block in backbone.blocks]
+    widths = [block.norm1.weight.numel() for block in backbone.blocks if isinstance(block, Block)]  # no transitions
     hidden = int(sum(widths) / len(widths) * options.mlp_ratio)
     patch_head = objective.ibot_head if objective.separate_heads else objective.head
     return Shapes(
         parameters=sum(p.numel() for p in student.parameters()),
         embed_dim=round(sum(widths) / len(widths)),
-        depth=options.depth,
+        depth=len(widths),
         stem_values=2 * backbone.stem_values(crops.global_size)
         + crops.num_local * backbone.stem_values(crops.local_size),
         ffn_values=4 * swiglu_width(hidden) if options.ffn == "swiglu" else 2 * hidden,

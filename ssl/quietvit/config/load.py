@@ -124,8 +124,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (float, str) and isinstance(value, int) and not isinstance(value, bool):
+        return hint(value)  # model.size=14 and data.path=2024 are names, which YAML reads as numbers
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ConfigError(f"{name!r} takes a value of type {hint.__name__}; got {value!r}")

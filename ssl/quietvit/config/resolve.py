@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from quietvit.config.load import ConfigError
 from quietvit.config.schema import RunConfig
@@ -38,9 +38,15 @@ def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
     raise ConfigError(f"optim.scaling={rule!r}: choose sqrt_wrt_1024, linear_wrt_256 or none")
 
 
+# What the tokens-to-token stem takes; its own tables need torch (nn/tokens_to_token.py).
+STEM_ATTENTION = ("performer", "performer_official", "transformer")
+STEM_PATCHES = (4, 8, 16)
+
+
 def check(config: RunConfig) -> None:
     """All that can be known wrong before torch is imported. Raises ConfigError."""
     check_values(config)
+    check_stem(config)
     check_sizes(config, stride=config.model.patch_size)
 
 
@@ -58,6 +64,26 @@ def check_sizes(config: RunConfig, *, stride: int) -> None:
             below, above = side // stride * stride, -(-side // stride) * stride
             good = " or ".join(str(s) for s in sorted({below, above}) if s >= stride) or str(stride)
             raise ConfigError(f"{name}={side} is not a multiple of the patch ({stride} px): use {good}")
+
+
+def check_stem(config: RunConfig) -> None:
+    """Raises ConfigError for stem settings that no tokens-to-token stem has, or without such a stem."""
+    model, stem = config.model, config.model.stem
+    if model.backbone != "t2t_vit":
+        given = [f"model.stem.{f.name}" for f in fields(stem) if getattr(stem, f.name) != f.default]
+        if given:
+            raise ConfigError(
+                f"{given[0]} is a setting of t2t_vit, and model.backbone is {model.backbone}: add "
+                "model.backbone=t2t_vit, or leave it out"
+            )
+        return
+    if stem.attention is not None and stem.attention not in STEM_ATTENTION:
+        raise ConfigError(f"model.stem.attention={stem.attention!r}: choose {', '.join(STEM_ATTENTION)}")
+    if model.patch_size not in STEM_PATCHES:
+        raise ConfigError(
+            f"model.patch_size={model.patch_size}: a tokens-to-token stem has {', '.join(map(str, STEM_PATCHES))} "
+            "(16 is T2T-ViT's own)"
+        )
 
 
 def check_values(config: RunConfig) -> None:

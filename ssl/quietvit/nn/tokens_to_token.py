@@ -50,6 +50,8 @@ class TokenTransformer(nn.Module):
     because the widths before and after differ.
     """
 
+    KEPT_WIDTHS = 8  # for the backward pass: q, k, v, attention, norm before and after, MLP before and after its GELU
+
     def __init__(self, dim: int, token_dim: int, *, norm_eps: float) -> None:
         super().__init__()
         self.scale = dim**-0.5
@@ -76,6 +78,7 @@ class TokenPerformer(nn.Module):
     sqrt(their number), 1e-8 in the denominator. Its dropout of 0.1 is left out: the teacher would not have it.
     """
 
+    KEPT_WIDTHS = 11  # as TokenTransformer, and: shortened keys, two exponentials half as wide, the numerator
     w: Float[Tensor, "m c"]
 
     def __init__(self, dim: int, token_dim: int, *, norm_eps: float, official: bool = False) -> None:
@@ -179,15 +182,19 @@ class TokensToToken(nn.Module):
         return x.flatten(2).mT, (x.shape[2], x.shape[3])
 
     def kept_values(self, side: int) -> int:
-        """Numbers kept for the backward pass of one square image: windows before and after their norm, and about 14
-        times the token width of projections, exponents and sums; with `recompute` the largest stage and the maps."""
-        stages, maps = [], []
+        """Numbers kept for the backward pass of one square image: an estimate.
+
+        For every window: its pixels before and after the norm, and of what attention and MLP make of them so many
+        times the token width as the class says; besides, the map that the last split reads. With `recompute`: the image
+        and all maps. The stage that is being computed again is not counted: the trunk's values are gone by then.
+        """
+        pixels, maps, inside = 3 * side**2, 0, 0
         for i, split in enumerate(self.splits[:-1], start=1):
             side = _out_grid((side, side), split)[0]
-            window, token_dim = self.get_submodule(f"attention{i}.norm1").weight.numel(), self.token_dim  # type: ignore
-            stages.append(side**2 * (2 * window + 14 * token_dim))
-            maps.append(side**2 * token_dim)
-        return max(stages) + sum(maps) if self.recompute else sum(stages)
+            stage = cast("TokenPerformer | TokenTransformer", self.get_submodule(f"attention{i}"))
+            inside += side**2 * (2 * stage.norm1.weight.numel() + stage.KEPT_WIDTHS * self.token_dim)
+            maps += side**2 * self.token_dim
+        return pixels + maps if self.recompute else inside + side**2 * self.token_dim
 
     def _recomputes(self, x: Tensor) -> bool:
         return self.recompute and torch.is_grad_enabled() and self.project.weight.requires_grad

@@ -79,9 +79,9 @@ class Shapes:
     """What decides the memory of a step."""
 
     parameters: int  # of the student: backbone and heads
-    embed_dim: int
-    depth: int
-    ffn_values: int  # kept per token by a feed-forward network: before and after its nonlinearity
+    embed_dim: int  # mean over the blocks, whose width grows in a dense trunk
+    depth: int  # blocks; a dense trunk's transitions are not counted
+    ffn_values: int  # kept per token by a feed-forward network: before and after its nonlinearity, mean over the blocks
     stem_values: int  # kept per image, over all crops, by a stem other than a plain patch projection
     global_tokens: int  # per global crop, with [CLS] and registers
     local_tokens: int
@@ -97,8 +97,10 @@ def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int, accumu
     States: 16 bytes per student parameter (weight, gradient, two moments) and 4 per teacher parameter. Activations
     kept for the backward pass, per token and block: two residual sums in fp32 (2 D), and in the computing precision
     two norms, qkv, attention output and projection (7 D) and the FFN before and after its nonlinearity; the teacher
-    keeps one block's. Prototypes, fp32: four rows for each the student scores (scores, scaled scores, the gradients of
-    both), and the targets of all micro-batches.
+    keeps one block's. D is the mean width, which a dense trunk needs: its blocks differ. A tokens-to-token stem keeps
+    its windows and what its attention makes of them (TokensToToken.kept_values), in the computing precision; a patch
+    stem next to nothing. Prototypes, fp32: four rows for each the student scores (scores, scaled scores, the gradients
+    of both), and the targets of all micro-batches.
 
     Measured in benchmarks/results/step-*.md: within 10 % of the peak for a ViT-S on the CPU. Not counted are some
     130 MiB that the libraries themselves take there at the first step, more than all else in a nano model.
