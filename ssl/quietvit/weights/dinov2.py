@@ -6,17 +6,16 @@ The architecture is read off the shapes, so a file needs no name or configuratio
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quietvit.backbones import make_backbone
 from quietvit.weights.native import load_strictly
+from quietvit.weights.torch_file import choose_entry, list_names, plain_names, read_torch_file, strip_prefixes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]: what DINOv2 was trained with
 HEAD_DIM = 64  # every DINOv2 model
@@ -37,7 +36,12 @@ def load_dinov2(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     not exactly such a backbone.
     """
     path = Path(path)
-    tensors = backbone_tensors(read_pth(path), what=str(path))
+    return dinov2_backbone(read_torch_file(path), path)
+
+
+def dinov2_backbone(loaded: Mapping[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """As `load_dinov2`, of a file that has been read."""
+    tensors = backbone_tensors(loaded, what=str(path))
     arguments = infer_arguments(tensors, what=str(path))
     backbone = make_backbone("vit", **arguments)
     load_strictly(backbone, tensors, what=str(path))
@@ -50,49 +54,22 @@ def load_dinov2(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     return backbone.eval(), meta
 
 
-def read_pth(path: Path) -> dict[str, Any]:
-    """The dictionary in a torch file; only tensors and plain values are unpickled. Raises as `load_dinov2`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as a torch file of plain tensors: it is truncated, "
-            f"or it would run code ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return loaded
-
-
 def backbone_tensors(loaded: Mapping[str, Any], *, what: str) -> dict[str, Tensor]:
     """Backbone tensors under their released names: teacher chosen, prefixes and chunk indices removed, heads left out.
 
     Raises ValueError if two keys become one.
     """
-    for name in CONTAINERS:
-        if isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-            break
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+    _, entries = choose_entry(loaded, CONTAINERS)
+    tensors = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
     if any(k.startswith("teacher.") for k in tensors):  # a whole training state: the student is not what is used
         tensors = {k: v for k, v in tensors.items() if k.startswith("teacher.")}
-    found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        name = _released_name(key)
-        if name.startswith(HEADS):
-            continue
-        if name in found:
-            raise ValueError(f"{what} holds two tensors that are both {name!r} once prefixes are removed")
-        found[name] = value
-    return found
+    tensors = {k: v for k, v in tensors.items() if not _released_name(k).startswith(HEADS)}
+    return plain_names(tensors, _released_name, what=what)
 
 
 def _released_name(key: str) -> str:
-    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
-        key = key.removeprefix(prefix)
-    return CHUNKED.sub(r"blocks.\1.", key)  # blocks.{chunk}.{block}: the block's index already counts from the first
+    # blocks.{chunk}.{block}: the block's index already counts from the first
+    return CHUNKED.sub(r"blocks.\1.", strip_prefixes(key, PREFIXES))
 
 
 def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, Any]:
@@ -100,7 +77,7 @@ def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, An
     if lacking := [k for k in NEEDED if k not in tensors]:
         raise ValueError(
             f"{what} is not a DINOv2 backbone: it lacks {', '.join(lacking)}. It holds {len(tensors)} tensors: "
-            f"{', '.join(list(tensors)[:12])}"
+            f"{list_names(tensors)}"
         )
     embed_dim = tensors["cls_token"].shape[-1]
     if embed_dim % HEAD_DIM:

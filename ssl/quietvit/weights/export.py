@@ -16,6 +16,10 @@ from quietvit.weights.extractor import BackboneExtractor, load
 from quietvit.weights.native import WEIGHTS_NAME, save_teacher
 
 NUM_CHECK_IMAGES = 4
+ORIGINS = {  # by the "source" of a provenance: weights that others trained
+    "dinov2": "pretrained without labels by DINOv2, converted by quietvit",
+    "t2t_vit": "trained with labels by T2T-ViT, converted by quietvit",
+}
 
 
 def export_teacher(model: Path, out: Path) -> dict[str, Any]:
@@ -56,11 +60,13 @@ def export_teacher(model: Path, out: Path) -> dict[str, Any]:
 
 
 def greatest_difference(a: BackboneExtractor, b: BackboneExtractor) -> float:
-    """Greatest absolute difference of all features of two extractors on the same random images."""
+    """Greatest absolute difference of all features, and of class scores if there are, on the same random images."""
     size = a.image_size
     images = torch.randn(NUM_CHECK_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
     x, y = a(images), b(images)
-    pairs = ((x.cls, y.cls), (x.registers, y.registers), (x.patches, y.patches))
+    pairs = [(x.cls, y.cls), (x.registers, y.registers), (x.patches, y.patches)]
+    if a.num_classes or b.num_classes:
+        pairs.append((a.classify(x.cls), b.classify(y.cls)))
     return max(float((p - q).abs().max()) for p, q in pairs if p.numel())
 
 
@@ -68,14 +74,17 @@ def _card(meta: dict[str, Any], report: dict[str, Any]) -> str:
     arguments = meta["backbone"]["arguments"]
     rows = "\n".join(f"| {k} | {v} |" for k, v in arguments.items())
     mean, std = meta["normalisation"]["mean"], meta["normalisation"]["std"]
-    return f"""# {meta["backbone"]["name"]} backbone, pretrained without labels by quietvit
+    origin = ORIGINS.get(meta["provenance"].get("source", ""), "pretrained without labels by quietvit")
+    classes = arguments.get("num_classes", 0)
+    head = f"scores = extractor.logits(images)  # [B {classes}], by the supervised head\n" if classes else ""
+    return f"""# {meta["backbone"]["name"]} backbone, {origin}
 
 ```python
 import quietvit
 
 extractor = quietvit.load("teacher.safetensors")
 features = extractor(images)  # [B, 3, H, W], normalised; -> features.cls [B D], .registers [B R D], .patches [B h w D]
-```
+{head}```
 
 Input: RGB in [0, 1], minus {mean}, divided by {std}. Trained at {meta["image_size"]} px.
 Reloaded and compared on {report["images_compared"]} images: greatest difference {report["max_difference"]:g}.

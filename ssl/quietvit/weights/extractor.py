@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Features
 from quietvit.train.device import pick_device
-from quietvit.weights.dinov2 import load_dinov2
 from quietvit.weights.native import WEIGHTS_NAME, load_backbone, read_meta, weights_hash
+from quietvit.weights.released import SUFFIXES, load_released
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
 Triple = tuple[float, float, float]
@@ -40,6 +40,7 @@ class BackboneExtractor:
         self.num_blocks = cast(int, backbone.num_blocks)
         self.stride = cast(int, backbone.stride)
         self.image_size: int = meta["image_size"]
+        self.num_classes = cast(int, meta["backbone"]["arguments"].get("num_classes", 0))  # 0: no supervised head
         self.mean = cast(Triple, tuple(meta["normalisation"]["mean"]))
         self.std = cast(Triple, tuple(meta["normalisation"]["std"]))
 
@@ -57,6 +58,23 @@ class BackboneExtractor:
         with torch.no_grad(), self._autocast():
             blocks = self.backbone.last_blocks(images.to(self.device), num)  # type: ignore[operator]
             return [_fp32(f) for f in blocks]
+
+    def classify(self, cls: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
+        """Class scores by the supervised head that came with the weights, from [CLS] after the final norm; fp32.
+
+        Raises ValueError for a model without a head (`num_classes` is 0 then).
+        """
+        if not self.num_classes:
+            raise ValueError("this model has no supervised head: its weights came without one")
+        cls = cls.to(self.device)
+        none = cls.new_empty(len(cls), 0, cls.shape[1])
+        with torch.no_grad():
+            scores = self.backbone.logits(Features(cls, none, none[:, :, None]))  # type: ignore[operator]
+        return cast(Tensor, scores)
+
+    def logits(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
+        """Class scores of images. Raises ValueError as a call, and for a model without a head."""
+        return self.classify(self(images).cls)
 
     def identity(self) -> dict[str, Any]:
         """What a result card says about the model: weights hash, architecture, provenance, precision."""
@@ -79,11 +97,19 @@ def _fp32(features: Features) -> Features:
     return Features(features.cls.float(), features.registers.float(), features.patches.float())
 
 
-def load(path: Path | str, device: str = "auto", *, bf16: bool = False) -> BackboneExtractor:
+def load(
+    path: Path | str,
+    device: str = "auto",
+    *,
+    bf16: bool = False,
+    num_heads: int | None = None,
+    num_registers: int = 0,
+) -> BackboneExtractor:
     """The frozen model at `path`: a run folder (its newest complete teacher), a folder with `teacher.safetensors`, that
-    file itself, or a DINOv2 `.pth`. Nothing is downloaded and no code in the file is run.
+    file itself, or a torch file of DINOv2 or T2T-ViT. Nothing is downloaded and no code in the file is run.
 
-    `device`: "auto", "cpu", "cuda", "cuda:1", "mps". `bf16`: autocast on CUDA.
+    `device`: "auto", "cpu", "cuda", "cuda:1", "mps". `bf16`: autocast on CUDA. `num_heads`, `num_registers`: for
+    T2T-ViT's files only, whose shapes do not tell the heads, and to which registers can be added: see `load_t2t`.
     Raises FileNotFoundError, saying what was looked for and what is there, if there is no such model; ValueError if the
     file is truncated or of another kind or architecture.
     """
@@ -93,11 +119,16 @@ def load(path: Path | str, device: str = "auto", *, bf16: bool = False) -> Backb
         raise FileNotFoundError(f"no model at {path}. Its folder holds: {beside}")
     file = newest_teacher(path) if path.is_dir() else path
     if file.suffix == ".safetensors":
+        if num_heads is not None or num_registers:
+            raise ValueError(f"{file} says itself how many heads and registers it has; leave both out")
         backbone, meta = load_backbone(file)
-    elif file.suffix in (".pth", ".pt"):
-        backbone, meta = load_dinov2(file)
+    elif file.name.endswith(SUFFIXES):
+        backbone, meta = load_released(file, num_heads=num_heads, num_registers=num_registers)
     else:
-        raise ValueError(f"{file}: a model is a run folder, a {WEIGHTS_NAME} or a DINOv2 .pth file")
+        raise ValueError(
+            f"{file}: a model is a run folder, a {WEIGHTS_NAME}, or a file of DINOv2 or T2T-ViT, whose name ends in "
+            f"{', '.join(SUFFIXES)}"
+        )
     return BackboneExtractor(backbone, meta, device=pick_device(device), bf16=bf16)
 
 
