@@ -23,7 +23,7 @@ class Card:
     main: str  # the headline, a key of scores
     standard_error: float  # of the headline, from the number of test images alone
     model: dict[str, Any]  # hash of the weights, architecture, provenance, precision, path
-    data: dict[str, Any]  # train and test: name, fingerprint, images, unreadable ones
+    data: dict[str, Any]  # of each split that was read, train and test: name, fingerprint, images, unreadable ones
     label: str
     num_classes: int
     protocol: dict[str, Any]  # of the task; with "view" (resize, crop, rule) and "image_size"

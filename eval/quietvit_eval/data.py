@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,8 @@ class EvalData:
             self._cache[split] = Labelled(tokens, torch.from_numpy(part.labels[rows]))
         return self._cache[split]
 
-    def about(self) -> dict[str, dict[str, Any]]:
-        """Both splits, for the card; ask once their features are there."""
+    def about(self, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The named splits, for the card; ask once their features are there."""
         return {
             name: {
                 "name": part.source.name,
@@ -98,6 +98,7 @@ class EvalData:
                 "unreadable_names": [bad.name for bad in self._cache[name].tokens.skipped[:SHOWN]],
             }
             for name, part in (("train", self.train), ("test", self.test))
+            if name in splits
         }
 
 

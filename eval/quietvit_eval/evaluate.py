@@ -19,6 +19,7 @@ from quietvit.train.environment import hardware
 from quietvit.weights.extractor import BackboneExtractor, load, random_like
 from quietvit_eval.accuracy import standard_error
 from quietvit_eval.cards import Card, write_card
+from quietvit_eval.classifier import head_of
 from quietvit_eval.data import EvalData, choose_splits
 from quietvit_eval.extract import Reading
 from quietvit_eval.pixels import PixelExtractor
@@ -85,13 +86,17 @@ def evaluate(
         out_dir: cards are written there as they are made; None: nowhere.
         console: shows progress and the tables; None: silence.
 
-    Raises ValueError for an unknown task, option or label set, or data that cannot be scored; as `quietvit.load` for
-    the model.
+    Raises ValueError for an unknown task, option or label set, or data or a model that a task cannot score; as
+    `quietvit.load` for the model.
     """
     settings = _settings(tasks, options or {})
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     sources = data_spec.open() if isinstance(data_spec, DataSpec) else data_spec
     train, test, names = choose_splits(*sources, label, limit_train=limit_train, limit_test=limit_test, seed=seed)
+    if heads := [name for name in settings if find_task(name).needs_head]:
+        head_of(extractor, len(names))
+        if pixels:
+            raise ValueError(f"raw pixels have no head for task {heads[0]} to score: leave one of the two out")
     transform = choose_transform(train.source, eval_size(extractor, image_size))
     folder = None if out_dir is None else Path(out_dir)
     if folder is not None:
@@ -158,8 +163,9 @@ def _score(
     """One card per task. `data` is this extractor's own: it caches features."""
     for name, options in settings.items():
         began = time.monotonic()
-        result = find_task(name).run(extractor, data, options)
-        about = data.about()
+        task = find_task(name)
+        result = task.run(extractor, data, options)
+        about = data.about(task.splits)
         yield Card(
             task=name,
             subject=subject,

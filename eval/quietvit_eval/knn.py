@@ -28,6 +28,8 @@ class KnnTask:
     """k-NN top-1 and top-5."""
 
     blocks = 1
+    splits = ("train", "test")
+    needs_head = False
     options = KnnOptions
 
     def run(self, extractor: Extractor, data: EvalData, options: KnnOptions) -> Result:

@@ -174,6 +174,8 @@ class LinearTask:
     """The grid: one head chosen, and its top-1 and top-5."""
 
     blocks = max(BLOCKS)
+    splits = ("train", "test")
+    needs_head = False
     options = LinearOptions
 
     def run(self, extractor: Extractor, data: EvalData, options: LinearOptions) -> Result:

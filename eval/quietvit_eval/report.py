@@ -21,9 +21,11 @@ def print_cards(cards: Sequence[Card], console: Console) -> None:
 
 def _table(cards: Sequence[Card]) -> Table:
     first = cards[0]
-    test, train = first.data["test"], first.data["train"]
+    test = first.data["test"]
     title = f"{first.task}, label {first.label!r} ({first.num_classes} classes), {first.protocol['image_size']} px"
-    caption = f"{test['images']:,} images of {test['name']}; trained on {train['images']:,} of {train['name']}"
+    caption = f"{test['images']:,} images of {test['name']}"
+    if train := first.data.get("train"):
+        caption += f"; trained on {train['images']:,} of {train['name']}"
     if choice := first.protocol.get("choice"):
         caption += f"; {choice}"
     names = list(first.scores)

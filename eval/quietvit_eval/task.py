@@ -8,17 +8,28 @@ from dataclasses import fields
 from typing import Any, Protocol
 
 from quietvit.contracts import Extractor
+from quietvit_eval.classifier import ClassifierTask
 from quietvit_eval.data import EvalData, Result
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
 
 
 class Task(Protocol):
-    """Scores frozen features. It never knows whose model the extractor is."""
+    """Scores a frozen model. It never knows whose model the extractor is."""
 
     @property
     def blocks(self) -> int:
         """Of how many last blocks it wants features."""
+        ...
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Which of "train" and "test" it reads; its card tells about those."""
+        ...
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether it scores a supervised head, so that models without one are refused before any work."""
         ...
 
     @property
@@ -27,11 +38,11 @@ class Task(Protocol):
         ...
 
     def run(self, extractor: Extractor, data: EvalData, options: Any) -> Result:
-        """Train on data.train, score on data.test. Raises ValueError for data that cannot be scored."""
+        """Train on data.train if need be, score on data.test. Raises ValueError for data that cannot be scored."""
         ...
 
 
-TASKS: Mapping[str, Task] = {"knn": KnnTask(), "linear": LinearTask()}
+TASKS: Mapping[str, Task] = {"knn": KnnTask(), "linear": LinearTask(), "classifier": ClassifierTask()}
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> Any:

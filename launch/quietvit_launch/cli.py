@@ -11,6 +11,7 @@ from pathlib import Path
 from quietvit_launch.mistakes import message_for_user
 
 EXIT_USER_ERROR = 2
+MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,9 +55,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("eval", help="judge frozen features: knn, linear")
-    evaluate.add_argument("tasks", help="comma-separated: knn,linear")
-    evaluate.add_argument("--model", required=True, help="run folder, teacher.safetensors, or an official DINOv2 .pth")
+    evaluate = commands.add_parser("eval", help="judge frozen features: knn, linear; or a supervised head: classifier")
+    evaluate.add_argument("tasks", help="comma-separated: knn,linear,classifier (the head that weights came with)")
+    evaluate.add_argument("--model", required=True, help=MODEL)
     evaluate.add_argument("--data", required=True, help="labelled images: a folder, a tar, a list, or `scenes`")
     evaluate.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
     evaluate.add_argument("--label", default="class", help="label set to predict (default: class)")
@@ -83,14 +84,14 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     embed = commands.add_parser("embed", help="write file names and embeddings of a folder of images")
     embed.add_argument("images", help="a folder, tar or list")
-    embed.add_argument("--model", required=True, help="run folder, teacher.safetensors, or an official DINOv2 .pth")
+    embed.add_argument("--model", required=True, help=MODEL)
     embed.add_argument("--out", required=True, help="features.parquet or features.npz")
     embed.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
     embed.add_argument("--batch-size", type=_at_least(1), default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
     export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
-    export.add_argument("model", help="run folder or teacher.safetensors")
+    export.add_argument("model", help=MODEL)
     export.add_argument("--out", required=True, help="new folder")
     export.set_defaults(run=_export)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 # What can be told wrong before torch is imported is told from here; a test holds these against the tables themselves.
-TASK_NAMES = ("knn", "linear")
+TASK_NAMES = ("knn", "linear", "classifier")
 OUT_SUFFIXES = (".npz", ".parquet")
 WEIGHTS = "teacher.safetensors"
 
@@ -24,7 +24,7 @@ def check_tasks(text: str) -> list[str]:
 def check_model(path: str) -> Path:
     """The model's path. Raises ValueError if no model can be there; needs no torch."""
     model = Path(path).expanduser()
-    what = f"a run folder, a {WEIGHTS} or an official DINOv2 .pth"
+    what = f"a run folder, a {WEIGHTS} or an official file of DINOv2 or T2T-ViT"
     if not model.exists():
         raise ValueError(f"there is no model at {path}: give {what}")
     if model.is_dir() and not (model / WEIGHTS).is_file() and not any(model.glob(f"checkpoints/step_*/{WEIGHTS}")):

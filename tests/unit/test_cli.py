@@ -134,7 +134,8 @@ def a_full_disk() -> None:
 
 def test_what_quietvit_raises_is_a_message() -> None:
     assert (
-        message_for_user(caught(lambda: evaluation.check_tasks("knm"))) == "unknown task 'knm': choose from knn, linear"
+        message_for_user(caught(lambda: evaluation.check_tasks("knm")))
+        == "unknown task 'knm': choose from knn, linear, classifier"
     )
     missing = caught(lambda: evaluation.check_model("nowhere"))
     assert str(message_for_user(missing)).startswith("there is no model at nowhere")
@@ -214,7 +215,7 @@ def from_worker(way: str) -> BaseException:
 def test_a_worker_s_message_arrives_clean() -> None:
     error = from_worker("ours")
     assert "Original Traceback" in str(error)
-    assert message_for_user(error) == "unknown task 'knm': choose from knn, linear"
+    assert message_for_user(error) == "unknown task 'knm': choose from knn, linear, classifier"
     typed = from_worker("ours, of a type of its own")
     assert isinstance(typed, ConfigError)
     assert message_for_user(typed) == "optim.scaling='cubic': choose sqrt_wrt_1024, linear_wrt_256 or none"
