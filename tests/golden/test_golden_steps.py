@@ -22,7 +22,7 @@ from quietvit.train.metrics import read_metrics
 from tiny_run import make_images, tiny_training
 
 STORED = Path(__file__).with_name("steps.json")
-# Both centerings and both kinds of head, accumulation in one of them.
+# Both centerings and both kinds of head, accumulation in one of them; both backbones.
 CASES: dict[str, tuple[str, ...]] = {
     "sinkhorn_knopp": (),
     "softmax, separate heads, accumulated": (
@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "masks.probability=0.25",
         "crops.blur=paper",
     ),
+    "t2t_vit": ("model.backbone=t2t_vit", "model.size=nano", "model.stem.token_dim=16"),
 }
 
 

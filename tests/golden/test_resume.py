@@ -45,8 +45,11 @@ SETTINGS = [
 ]
 
 
-def command(run: Path, workers: int) -> list[str]:
-    return [sys.executable, "-m", "quietvit_launch.cli", "train", "quickstart", *SETTINGS,
+BACKBONES = {"vit": [], "t2t_vit": ["model.backbone=t2t_vit", "model.stem.token_dim=16", "model.stem.recompute=true"]}
+
+
+def command(run: Path, workers: int, backbone: str = "vit") -> list[str]:
+    return [sys.executable, "-m", "quietvit_launch.cli", "train", "quickstart", *SETTINGS, *BACKBONES[backbone],
             f"data.workers={workers}", "--out", str(run)]  # fmt: skip
 
 
@@ -55,17 +58,20 @@ def losses(run: Path) -> list[tuple[object, ...]]:
     return [(r["step"], *(r[k] for k in sorted(r) if k.startswith(("loss/", "grad_norm/")))) for r in records]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run(command(run, 0), check=True, capture_output=True, timeout=500)
+def whole(run: Path, backbone: str = "vit") -> Path:
+    subprocess.run(command(run, 0, backbone), check=True, capture_output=True, timeout=500)
     assert len(losses(run)) == STEPS
     return run
 
 
-def kill_after(run: Path, workers: int, step: int) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def kill_after(run: Path, workers: int, step: int, backbone: str = "vit") -> None:
     process = subprocess.Popen(
-        command(run, workers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(run, workers, backbone), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 400  # a machine busy with other tests takes minutes
     while time.monotonic() < deadline and process.poll() is None:
@@ -80,15 +86,25 @@ def kill_after(run: Path, workers: int, step: int) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("workers", "step"), [(0, 13), (1, 8), (3, 17)])
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted: Path, tmp_path: Path, workers: int, step: int) -> None:
-    kill_after(tmp_path, workers, step)
-    found = load(tmp_path)
+    check_resumed(tmp_path, uninterrupted, workers, step)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_tokens_to_token_stem_resumes_as_exactly(tmp_path: Path) -> None:
+    check_resumed(tmp_path / "cut", whole(tmp_path / "whole", "t2t_vit"), 1, 13, "t2t_vit")
+
+
+def check_resumed(run: Path, uninterrupted: Path, workers: int, step: int, backbone: str = "vit") -> None:
+    kill_after(run, workers, step, backbone)
+    found = load(run)
     assert found is not None
     assert found.step < STEPS, "the run ended before it was killed"
-    again = subprocess.run(command(tmp_path, workers), capture_output=True, text=True, timeout=500)
+    again = subprocess.run(command(run, workers, backbone), capture_output=True, text=True, timeout=500)
     assert again.returncode == 0, again.stderr
-    assert f"resuming {tmp_path} from step {found.step} of {STEPS}" in again.stdout.replace("\n", "")
-    assert losses(tmp_path) == losses(uninterrupted)
-    a, b = load(tmp_path), load(uninterrupted)
+    assert f"resuming {run} from step {found.step} of {STEPS}" in again.stdout.replace("\n", "")
+    assert losses(run) == losses(uninterrupted)
+    a, b = load(run), load(uninterrupted)
     assert a is not None
     assert b is not None
     assert a.tensors.keys() == b.tensors.keys()

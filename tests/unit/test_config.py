@@ -52,6 +52,21 @@ def test_values_are_converted_as_people_write_them() -> None:
     assert config.crops.global_scale == (0.4, 1.0)
 
 
+def test_a_name_may_be_a_number(tmp_path: Path) -> None:
+    """YAML reads them as numbers: T2T-ViT has sizes 7 to 24, and folders are named after years."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {backbone: t2t_vit, size: 14}\ntrain: {steps: 5}\ndata: {path: 2024}\n")
+    for config in (load_config(str(recipe)), load_config("own_images", ["model.size=14", "data.path=2024"])):
+        assert (config.model.size, config.data.path) == ("14", "2024")
+        again = tmp_path / "config.yaml"
+        again.write_text(to_yaml(config))
+        assert load_config(str(again)) == config
+    for wrong in (True, 1.5, [14]):
+        with pytest.raises(ConfigError, match=r"'model\.size' takes a value of type str"):
+            make(model={"size": wrong})
+    assert make(train={"steps": 5, "batch_size": 64}).train.batch_size == 64  # a number where one is meant
+
+
 @pytest.mark.parametrize("name", list(recipes()))
 def test_every_recipe_loads_checks_and_round_trips(name: str, tmp_path: Path) -> None:
     config = load_config(name)
@@ -113,6 +128,36 @@ def test_crops_that_are_no_multiple_of_the_patch(side: int, good: str) -> None:
 def test_values_that_no_run_can_have(section: dict[str, dict[str, object]], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve.check(make(**section))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"backbone": "t2t_vit", "stem": {"attention": "perfomer"}}, "stem.attention='perfomer': choose performer, "),
+        ({"backbone": "t2t_vit", "patch_size": 14}, r"model.patch_size=14: .* 4, 8, 16 \(16 is T2T-ViT's own\)"),
+        ({"stem": {"token_dim": 32}}, "model.stem.token_dim is a setting of t2t_vit.*add model.backbone=t2t_vit"),
+        ({"stem": {"recompute": True}}, "model.stem.recompute is a setting of t2t_vit"),
+        ({"backbone": "t2t_vit", "image_size": 50}, r"model.image_size=50 .*\(16 px\): use 48 or 64"),
+    ],
+)
+def test_stems_that_cannot_be(model: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve.check(make(model=model))
+
+
+def test_misspelt_stem_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"'model.stem.token_dims'. Did you mean 'model.stem.token_dim'"):
+        make(model={"stem": {"token_dims": 32}})
+    with pytest.raises(ConfigError, match=r"'model.stem' is a section"):
+        make(model={"stem": "performer"})
+    with pytest.raises(ConfigError, match=r"Did you mean 'model.stem.token_dim'"):
+        make(model={"token_dim": 32})
+
+
+@pytest.mark.parametrize(("crops", "good"), [({"local_size": 98}, "96 or 112"), ({"global_size": 518}, "512 or 528")])
+def test_crops_of_dinov2_that_a_tokens_to_token_stem_does_not_cut_evenly(crops: dict[str, int], good: str) -> None:
+    with pytest.raises(ConfigError, match=f"use {good}"):
+        resolve.check(make(model={"backbone": "t2t_vit", "size": "14"}, crops=crops))
 
 
 def test_plan_in_absolute_numbers() -> None:
