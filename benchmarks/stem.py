@@ -37,7 +37,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from step import MIB, clock  # beside this file
+from stem_tables import NAIVE, PATCH, as_text  # beside this file, as is step
+from step import clock
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,7 +51,6 @@ from quietvit.train.device import free_memory, pick_device
 from quietvit.train.environment import environment, hardware
 
 RESULTS = Path(__file__).parent / "results"
-PATCH, NAIVE = "patch", "n x n"
 STEMS: Mapping[str, Mapping[str, Any]] = {
     "performer": {"stem_attention": "performer"},
     "performer, recompute": {"stem_attention": "performer", "recompute": True},
@@ -170,7 +170,7 @@ def make_step(backbone: Trunk, crops: Sequence[Crops], bench: Bench, *, whole: b
 # ---- memory
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Greatest number of bytes allocated during `step`, above those before it."""
     if device.type == "cuda":
         step()  # cuBLAS takes its workspace, and the kernels are loaded
@@ -357,7 +357,7 @@ def attention_cost(step: Callable[[], None], bench: Bench) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         reason = "does not fit"
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].removesuffix("Aborting execution.").strip()
+        reason = str(error).strip().splitlines()[0].split(". ")[0]  # the rest says what else might be tried
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
     return {"failed": reason}
@@ -372,79 +372,7 @@ def sdpa_operator(step: Callable[[], None]) -> str:
     return ", ".join(inner) or "not found"
 
 
-# ---- report
-
-
-def as_text(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"The tokens-to-token stem, forward + backward. {report['date']}, {report['hardware']}, "
-        f"torch {report['torch']}, {report['git']}.",
-        "",
-        f"    {report['command']}",
-        "",
-        f"Times: {report['clock']}, over that of the patch stem in the same round: median (least - greatest). Memory: "
-        f"peak above the start, {report['memory']}. n x n: the transformer stem with its attention matrix in memory; "
-        "~ is estimated from the smaller images.",
-    ]
-    for scale in dict.fromkeys(case["scale"] for case in report["cases"]):
-        for precision in dict.fromkeys(case["precision"] for case in report["cases"]):
-            cases = [c for c in report["cases"] if (c["scale"], c["precision"]) == (scale, precision)]
-            if cases:
-                lines += ["", f"## {scale}, {precision}", *_time_table(cases), *_memory_table(cases), *_shares(cases)]
-    if report["kernels"]:
-        lines += ["", "## Attention of the transformer stem's first stage", *_kernel_table(report["kernels"])]
-    return "\n".join(lines) + "\n"
-
-
-def _title(case: Mapping[str, Any]) -> str:
-    return f"{case['part']}, {case['crops']}"
-
-
-def _time_table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["", f"| time | patch, ms | {' | '.join(STEMS)} |", "|---" * (2 + len(STEMS)) + "|"]
-    for case in cases:
-        cells = []
-        for name in STEMS:
-            row = case["rows"].get(name, {"failed": "-"})
-            low, high = row.get("ratio_min_max", (0, 0))
-            cells.append(row["failed"] if "failed" in row else f"**{row['ratio']:.2f}** ({low:.2f} - {high:.2f})")
-        lines.append(f"| {_title(case)} | {case['rows'][PATCH]['ms']:.1f} | {' | '.join(cells)} |")
-    return lines
-
-
-def _memory_table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = [PATCH, *STEMS, *([NAIVE] if any(NAIVE in case["rows"] for case in cases) else [])]
-    lines = ["", f"| memory, MiB | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for case in cases:
-        cells = []
-        for name in names:
-            row = case["rows"].get(name, {"failed": "-"})
-            sign = "~" if row.get("estimated") else ""
-            cells.append(row["failed"] if "failed" in row else f"{sign}{row['bytes'] / MIB:.1f}")
-        lines.append(f"| {_title(case)} | {' | '.join(cells)} |")
-    return lines
-
-
-def _shares(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much of the whole backbone's time and memory is the stem's, on the crops of a step."""
-    stem, whole = cases[-2]["rows"], cases[-1]["rows"]
-    parts = [
-        f"{name} {stem[name]['ms'] / whole[name]['ms']:.0%}"
-        for name in (PATCH, *STEMS)
-        if "ms" in stem.get(name, {}) and "ms" in whole.get(name, {})
-    ]
-    return ["", f"Share of the stem in the time of its whole backbone: {', '.join(parts)}."]
-
-
-def _kernel_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["", "| images | precision | mask | backend | ms | MiB |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        backend = f"chosen: `{row['kernel']}`" if "kernel" in row else row["backend"]
-        cost = f"{row['failed']} | -" if "failed" in row else f"{row['ms']:.2f} | {row['bytes'] / MIB:.1f}"
-        masked = "yes" if row["masked"] else "no"
-        lines.append(f"| {row['images']} x {row['side']} px | {row['precision']} | {masked} | {backend} | {cost} |")
-    return lines
+# ---- everything
 
 
 def slug(text: str) -> str:
@@ -464,6 +392,7 @@ def main() -> None:
     out = args.json or RESULTS / f"stem-{date}-{slug(machine.split(',')[0])}.json"
     cpu = device.type == "cpu"
     effort = Effort(4.0, 2, 9, quick=True) if args.quick else Effort(3.0 if device.type == "cuda" else 40.0, 3, 15)
+    peak_bytes(lambda: torch.zeros(1, device=device), device)  # the profiler starts slowly
     report: dict[str, Any] = {
         "date": date,
         "hardware": machine,
