@@ -99,7 +99,7 @@ def ratios(out: Path, recipe: str) -> dict[int, float]:
     found = {}
     for folder in sorted((out / recipe).glob("t2t_vit-*-steps")):
         twin = folder.with_name(folder.name.replace("t2t_vit", "vit"))
-        if (folder / "metrics.jsonl").is_file() and (twin / "metrics.jsonl").is_file():
+        if all((f / "teacher.safetensors").is_file() for f in (folder, twin)):
             found[int(folder.name.split("-")[1])] = step_seconds(folder, batch_size) / step_seconds(twin, batch_size)
     return found
 
