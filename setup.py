@@ -43,6 +43,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "pyarrow>=17.0",  # embeddings as .parquet
+        "fvcore>=0.1.5.post20221221",  # multiply-adds of `quietvit info`
     ],
     extras_require={
         "cuda": ["xformers>=0.0.34"],  # the first built for torch 2.10

@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_use(commands)
+    _add_info(commands)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
     demo.add_argument("--seed", type=_at_least(0), default=0)
@@ -96,6 +97,14 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     export.set_defaults(run=_export)
 
 
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    info = commands.add_parser("info", help="list all backbones: parameters and multiply-adds, beside papers' figures")
+    info.add_argument("--backbone", metavar="NAME", help="only this family: vit or t2t_vit (default: both)")
+    info.add_argument("--image-size", type=_at_least(1), default=224, help="image side in pixels (default: 224)")
+    info.add_argument("--format", choices=("table", "json"), default="table")
+    info.set_defaults(run=_info)
+
+
 def _train(args: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -137,6 +146,12 @@ def _export(args: argparse.Namespace) -> int:
     report = export_teacher(model, Path(args.out))
     print(f"wrote {args.out}: features equal after reloading (greatest difference {report['max_difference']:g})")
     return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from quietvit_launch.info import run_info
+
+    return run_info(args.backbone, args.image_size, args.format)
 
 
 def _demo(args: argparse.Namespace) -> int:
