@@ -86,9 +86,9 @@ def _labelled(recipe: str, overrides: Iterable[str]) -> tuple[Source, Source]:
 
 
 def step_seconds(folder: Path, batch_size: int) -> float:
-    """Median time of a step, without waiting for data."""
+    """Median time of a step, data included."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = [batch_size / r["images_per_s"] * (1 - r["data_wait"]) for r in rows if "images_per_s" in r]
+    times = [batch_size / r["images_per_s"] for r in rows if "images_per_s" in r]
     return statistics.median(times[WARM:])
 
 
