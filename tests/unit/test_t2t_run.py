@@ -180,6 +180,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "performer_official": ("model.stem.attention=performer_official",),
     "transformer": ("model.size=t-14", "model.stem.token_dim=16"),
     "recompute": ("model.stem.recompute=true",),
+    "bf16": ("train.precision=bf16", "train.accumulate=2"),
     "patches of 16": ("model.patch_size=16", "crops.local_size=32"),
     "wide": ("model.size=14-wide",),
     "split heads": ("model.size=14-resnext", "model.num_heads=16"),
