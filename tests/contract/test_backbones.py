@@ -341,6 +341,22 @@ def test_every_parameter_learns(variant: str) -> None:
 
 
 @each_variant
+def test_double_precision_is_kept_and_gradients_are_right(variant: str) -> None:
+    """Along one direction of pixels: a part computed in single precision would miss the slope by percents."""
+    model = small(variant).double()
+    x, step = images(model, 1, 3, 4, torch.double), 1e-5 * images(model, 1, 3, 4, torch.double)
+    mask = torch.rand(1, 12) < 0.3
+
+    def energy(pixels: Tensor) -> Tensor:
+        features = model(pixels, mask)
+        return features.cls.pow(3).sum() + features.patches.pow(3).sum()
+
+    slope = (energy(x + step) - energy(x - step)).item() / 2
+    (gradient,) = torch.autograd.grad(energy(x.requires_grad_()), x)
+    assert (gradient * step).sum().item() == pytest.approx(slope, rel=1e-4)
+
+
+@each_variant
 def test_training_after_inference_mode(variant: str) -> None:
     """What a teacher's pass keeps for later (resized positions, row numbers) must serve a student's backward."""
     model = small(variant, drop_path=0.5).train()
