@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -28,6 +27,13 @@ def mean_per_class(hits: Bool[Tensor, " Q"], labels: Int[Tensor, " Q"], num_clas
     return float(per_class(hits, labels, num_classes).nanmean())
 
 
-def standard_error(share: float, count: int) -> float:
-    """Of a share of hits among `count` independent images: sqrt(p (1 - p) / n)."""
-    return math.sqrt(share * (1 - share) / count)
+def scores_of_logits(
+    logits: Float[Tensor, "Q C"], labels: Int[Tensor, " Q"], num_classes: int
+) -> tuple[dict[str, float], dict[str, Bool[np.ndarray, " Q"]]]:
+    """Top-1, mean per class and, with more than 5 classes, top-5; and the hits of those that are means over images."""
+    hits = {"top1": top_k_hits(logits, labels, 1)}
+    if num_classes > 5:
+        hits["top5"] = top_k_hits(logits, labels, 5)
+    scores = {name: float(h.double().mean()) for name, h in hits.items()}
+    scores["mean_per_class"] = mean_per_class(hits["top1"], labels, num_classes)
+    return scores, {name: h.numpy() for name, h in hits.items()}

@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quietvit.contracts import Extractor
-from quietvit_eval.accuracy import mean_per_class, top_k_hits
-from quietvit_eval.data import EvalData, Result
+from quietvit_eval.accuracy import scores_of_logits
+from quietvit_eval.data import EvalData
+from quietvit_eval.resampling import PerImage
+from quietvit_eval.result import Result
 
 CHUNK = 8192  # images scored at a time (ours: 33 MB at 1,000 classes)
 
@@ -53,18 +55,19 @@ class ClassifierTask:
     """Top-1 and top-5 of the model's own head. Class i of the data is row i of the head: class folders are sorted."""
 
     blocks = 1
+    target = "labels"
     splits = ("test",)
-    needs_head = True
     options = ClassifierOptions
+
+    def check(self, extractor: Extractor, num_classes: int, options: ClassifierOptions) -> None:
+        """Raises ValueError if the model has no head, or one for another number of classes."""
+        head_of(extractor, num_classes)
 
     def run(self, extractor: Extractor, data: EvalData, options: ClassifierOptions) -> Result:
         """Raises ValueError if the model has no head, or one for another number of classes."""
         head = head_of(extractor, data.num_classes)
         test = data.features(extractor, "test")
         logits = torch.cat([head.classify(cls).cpu() for cls in test.cls.split(CHUNK)])
-        hits = top_k_hits(logits, test.labels, 1)
-        scores = {"top1": float(hits.double().mean())}
-        if data.num_classes > 5:
-            scores["top5"] = float(top_k_hits(logits, test.labels, 5).double().mean())
-        scores["mean_per_class"] = mean_per_class(hits, test.labels, data.num_classes)
-        return Result(scores, "top1", {"name": "the model's own supervised head, on [CLS]"}, {})
+        scores, found = scores_of_logits(logits, test.labels, data.num_classes)
+        protocol = {"name": "the model's own supervised head, on [CLS]"}
+        return Result(scores, "top1", protocol, {}, PerImage(data.names("test"), found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,6 @@ from quietvit_eval.extract import Reading, Tokens, extract
 from quietvit_eval.transform import EvalTransform
 
 SHOWN = 12  # names of unreadable images that a card lists (ours)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a task found: shares in [0, 1] by name, which of them is the headline, and how it was done."""
-
-    scores: dict[str, float]
-    main: str  # a key of scores
-    protocol: dict[str, Any]  # everything that must be equal before two scores are compared
-    details: dict[str, Any]  # everything else worth keeping, e.g. which head was chosen
 
 
 @dataclass(frozen=True)
@@ -63,11 +53,21 @@ class EvalData:
     reading: Reading
     seed: int
     device: torch.device  # where tasks compute
+    model_hash: str | None = None  # of the extractor; None: it cannot tell
     _cache: dict[str, Labelled] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def fresh(self, model_hash: str | None) -> EvalData:
+        """The same for another extractor."""
+        return replace(self, model_hash=model_hash)
+
+    def names(self, split: str) -> list[str]:
+        """Of the images that `features` has rows for; ask once they are there."""
+        part = {"train": self.train, "test": self.test}[split]
+        return [part.source.item_name(int(i)) for i in self._cache[split].tokens.indices]
 
     def features(self, extractor: Extractor, split: str) -> Labelled:
         """Features of "train" or "test", extracted at the first call. Always ask with the same extractor."""
@@ -103,7 +103,7 @@ class EvalData:
 
 
 def choose_splits(
-    train: Source, test: Source, label: str, *, limit_train: int | None, limit_test: int | None, seed: int
+    train: Source, test: Source, *, label: str, limit_train: int | None, limit_test: int | None, seed: int
 ) -> tuple[Split, Split, list[str]]:
     """The labelled images of both sources, at most so many of each (drawn with `seed`), and the class names.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,24 +13,29 @@ import torch
 from rich.console import Console
 
 import quietvit
+from quietvit import dist
 from quietvit.contracts import Extractor
 from quietvit.data.sources import Source, open_source
 from quietvit.train.environment import hardware
 from quietvit.weights.extractor import BackboneExtractor, load, random_like
-from quietvit_eval.accuracy import standard_error
 from quietvit_eval.cards import Card, write_card
-from quietvit_eval.classifier import head_of
 from quietvit_eval.data import EvalData, choose_splits
+from quietvit_eval.dense_data.pairs import PairSource, open_pairs
 from quietvit_eval.extract import Reading
+from quietvit_eval.pair_data import PairData, choose_pairs
 from quietvit_eval.pixels import PixelExtractor
 from quietvit_eval.report import print_cards
-from quietvit_eval.task import find_task, make_options
+from quietvit_eval.resampling import standard_error
+from quietvit_eval.result import Result
+from quietvit_eval.task import LABEL_TASKS, find_task, make_options
 from quietvit_eval.transform import choose_transform, eval_size
+
+LABELS = "labels"  # the target of tasks on labelled images
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which images: a row of DATASETS, its path, and which splits are train and test."""
+    """Which images: a row of DATASETS (or of PAIR_SETS, for targets per pixel), its path, and the two splits."""
 
     kind: str = "auto"
     path: str | None = None
@@ -38,11 +43,14 @@ class DataSpec:
     test_split: str = "val"
     options: Mapping[str, Any] = field(default_factory=dict)  # keywords of the source
 
-    def open(self) -> tuple[Source, Source]:
-        """Train and test source. Raises ValueError as `open_source`."""
-        splits = (self.train_split, self.test_split)
-        train, test = (open_source(self.kind, self.path, split=split, **self.options) for split in splits)
-        return train, test
+    def open(self, target: str = LABELS) -> tuple[Any, Any]:
+        """Train and test: Sources for labels, else PairSources. Raises ValueError as `open_source`, `open_pairs`."""
+        if target == LABELS:
+            return self._both(lambda split: open_source(self.kind, self.path, split=split, **self.options))
+        return self._both(lambda split: open_pairs(target, self.kind, self.path, split=split, **self.options))
+
+    def _both(self, opened: Callable[[str], Any]) -> tuple[Any, Any]:
+        return opened(self.train_split), opened(self.test_split)
 
 
 @runtime_checkable
@@ -55,7 +63,7 @@ class Identified(Protocol):
 def evaluate(
     model: str | Path | Extractor,
     tasks: Sequence[str],
-    data_spec: DataSpec | tuple[Source, Source],
+    data_spec: DataSpec | tuple[Source, Source] | tuple[PairSource, PairSource],
     *,
     label: str = "class",
     random_init: bool = False,
@@ -74,54 +82,90 @@ def evaluate(
 ) -> list[Card]:
     """Score a frozen model by each of `tasks` (rows of TASKS), and with it the controls asked for.
 
+    Tasks of one call have one kind of target: labels of images, or classes or metres of pixels. In a process group each
+    rank takes a share of the images, all return the same cards and rank 0 writes them.
+
     Args:
         model: what `quietvit.load` takes, or an extractor.
         data_spec: where the images are, or an open (train, test) pair of sources.
-        label: label set of the sources.
+        label: label set of the sources, for tasks on labels.
         random_init: also score the same architecture with the weights it started from.
-        pixels: also score raw pixels.
-        image_size: side to score at; None: the training size, 224 at the most.
+        pixels: also score raw pixels (knn, linear).
+        image_size: side to score at; None: the task's rule. For labels, the training size, 224 at the most.
         limit_train, limit_test: use at most so many images, drawn with `seed`.
         options: settings per task, e.g. {"linear": {"select": "val"}}; see KnnOptions, LinearOptions.
-        out_dir: cards are written there as they are made; None: nowhere.
+        out_dir: cards are written there as they are made, and what is needed to resume; None: nowhere.
         console: shows progress and the tables; None: silence.
 
     Raises ValueError for an unknown task, option or label set, or data or a model that a task cannot score; as
     `quietvit.load` for the model.
     """
     settings = _settings(tasks, options or {})
+    target = _target_of(settings)
+    if pixels and not set(settings) <= PIXEL_CONTROLS:
+        raise ValueError(f"raw pixels are a control of {', '.join(sorted(PIXEL_CONTROLS))} only")
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
-    sources = data_spec.open() if isinstance(data_spec, DataSpec) else data_spec
-    train, test, names = choose_splits(*sources, label, limit_train=limit_train, limit_test=limit_test, seed=seed)
-    if heads := [name for name in settings if find_task(name).needs_head]:
-        head_of(extractor, len(names))
-        if pixels:
-            raise ValueError(f"raw pixels have no head for task {heads[0]} to score: leave one of the two out")
-    transform = choose_transform(train.source, eval_size(extractor, image_size))
+    sources = data_spec.open(target) if isinstance(data_spec, DataSpec) else data_spec
     folder = None if out_dir is None else Path(out_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    data = EvalData(
-        train,
-        test,
-        label,
-        names,
-        transform,
-        max(find_task(name).blocks for name in settings),
-        Reading(batch_size, workers, console, folder),
-        seed,
-        _task_device(extractor),
-    )
+    on = Common(Reading(batch_size, workers, console, folder), seed, _task_device(extractor), folder)
+    data: EvalData | PairData
+    if target == LABELS:
+        train, test, names = choose_splits(
+            *_expect(sources, Source), label=label, limit_train=limit_train, limit_test=limit_test, seed=seed
+        )
+        transform = choose_transform(train.source, eval_size(extractor, image_size))
+        blocks = max(LABEL_TASKS[name].blocks for name in settings)
+        data = EvalData(train, test, label, names, transform, blocks, on.reading, seed, on.device)
+        pixel_size = transform.image_size
+    else:
+        first, second = _expect(sources, PairSource)
+        pairs = (choose_pairs(first, limit_train, seed), choose_pairs(second, limit_test, seed + 1))
+        data = PairData(*pairs, image_size, on.reading, seed, on.device, None, folder)
+        pixel_size = 0
+    for name, chosen in settings.items():
+        find_task(name).check(extractor, data.num_classes, chosen)
     cards = []
-    for subject, candidate in _subjects(extractor, random_init, pixels, data.transform.image_size):
-        identity = {"path": str(model)} if subject == "model" and isinstance(model, str | Path) else {}
-        for card in _score(subject, candidate, identity_of(candidate) | identity, replace(data), settings):
+    for subject, candidate in _subjects(extractor, random_init, pixels, pixel_size):
+        identity = identity_of(candidate)
+        if subject == "model" and isinstance(model, str | Path):
+            identity |= {"path": str(model)}
+        for card, result in _score(subject, candidate, identity, data.fresh(identity["hash"]), settings):
             cards.append(card)
-            if folder is not None:
-                write_card(card, folder)
-    if console is not None:
+            if folder is not None and dist.rank() == 0:
+                write_card(card, folder, result.per_image)
+    if console is not None and dist.rank() == 0:
         print_cards(cards, console)
     return cards
+
+
+PIXEL_CONTROLS = {"knn", "linear"}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What data of every kind is given."""
+
+    reading: Reading
+    seed: int
+    device: torch.device
+    folder: Path | None
+
+
+def _target_of(settings: Mapping[str, Any]) -> str:
+    targets = {find_task(name).target: name for name in settings}
+    if len(targets) > 1:
+        said = " and ".join(f"{name} needs {target}" for target, name in targets.items())
+        raise ValueError(f"one command scores tasks of one kind, but {said}: run them one after the other")
+    return next(iter(targets))
+
+
+def _expect(sources: Any, kind: Any) -> Any:
+    for source in sources:
+        if not isinstance(source, kind):
+            raise ValueError(f"{getattr(source, 'name', source)!r} is no {kind.__name__}: it cannot serve these tasks")
+    return sources
 
 
 def _task_device(extractor: Extractor) -> torch.device:
@@ -158,34 +202,45 @@ def identity_of(extractor: Extractor) -> dict[str, Any]:
 
 
 def _score(
-    subject: str, extractor: Extractor, identity: dict[str, Any], data: EvalData, settings: Mapping[str, Any]
-) -> Iterator[Card]:
+    subject: str,
+    extractor: Extractor,
+    identity: dict[str, Any],
+    data: EvalData | PairData,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[Card, Result]]:
     """One card per task. `data` is this extractor's own: it caches features."""
     for name, options in settings.items():
         began = time.monotonic()
         task = find_task(name)
+        if subject != "model":
+            task.check(extractor, data.num_classes, options)
         result = task.run(extractor, data, options)
-        about = data.about(task.splits)
-        yield Card(
+        if isinstance(data, EvalData):
+            about = data.about(LABEL_TASKS[name].splits)
+            view = {"image_size": data.transform.image_size, "view": asdict(data.transform)}
+        else:
+            about, view = data.about(), {}
+        card = Card(
             task=name,
             subject=subject,
             scores=result.scores,
             main=result.main,
-            standard_error=standard_error(
-                result.scores[result.main], about["test"]["images"] - about["test"]["unreadable"]
-            ),
+            higher_is_better=result.higher_is_better,
+            standard_error=standard_error(result.per_image, result.main),
             model=identity,
             data=about,
             label=data.label,
             num_classes=data.num_classes,
-            protocol={**result.protocol, "image_size": data.transform.image_size, "view": asdict(data.transform)},
+            protocol={**result.protocol, **view},
             details=result.details,
             seed=data.seed,
             environment={
                 "quietvit": quietvit.__version__,
                 "torch": torch.__version__,
                 "hardware": hardware(data.device),
+                "processes": dist.world_size(),
             },
             seconds=round(time.monotonic() - began, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        yield card, result

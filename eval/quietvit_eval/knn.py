@@ -10,7 +10,9 @@ import torch
 from quietvit.contracts import Extractor
 from quietvit.features.knn import KS, TEMP, knn_scores
 from quietvit_eval.accuracy import mean_per_class, top_k_hits
-from quietvit_eval.data import EvalData, Result
+from quietvit_eval.data import EvalData
+from quietvit_eval.resampling import PerImage
+from quietvit_eval.result import Result
 
 HEADLINE_K = 20  # DINO; fixed, because the best k of a list is chosen on the test images
 BLOCK = 8192  # queries whose class scores are held at a time (ours: 33 MB per k at 1,000 classes)
@@ -28,9 +30,12 @@ class KnnTask:
     """k-NN top-1 and top-5."""
 
     blocks = 1
+    target = "labels"
     splits = ("train", "test")
-    needs_head = False
     options = KnnOptions
+
+    def check(self, extractor: Extractor, num_classes: int, options: KnnOptions) -> None:
+        """Every model can be scored."""
 
     def run(self, extractor: Extractor, data: EvalData, options: KnnOptions) -> Result:
         """Scores "top1@k" for each k up to the size of the bank; at the headline k top-5 and mean per class too."""
@@ -53,4 +58,7 @@ class KnnTask:
         shares = {f"top{top}@{near}": float(h.double().mean()) for (top, near), h in whole.items()}
         shares[f"mean_per_class@{k}"] = mean_per_class(whole[1, k], test.labels, data.num_classes)
         protocol = {"name": "k-NN on [CLS] of the last block", "ks": ks, "temp": options.temp, "headline_k": k}
-        return Result(shares, f"top1@{k}", protocol, {"bank": len(train.labels)})
+        by_image = {f"top{top}@{near}": h.numpy() for (top, near), h in whole.items()}
+        return Result(
+            shares, f"top1@{k}", protocol, {"bank": len(train.labels)}, PerImage(data.names("test"), by_image)
+        )

@@ -19,8 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quietvit.contracts import Extractor
-from quietvit_eval.accuracy import mean_per_class, top_k_hits
-from quietvit_eval.data import EvalData, Labelled, Result
+from quietvit_eval.accuracy import scores_of_logits
+from quietvit_eval.data import EvalData, Labelled
+from quietvit_eval.resampling import PerImage
+from quietvit_eval.result import Result
 
 # DINOv2, for a batch of 256
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -174,9 +176,12 @@ class LinearTask:
     """The grid: one head chosen, and its top-1 and top-5."""
 
     blocks = max(BLOCKS)
+    target = "labels"
     splits = ("train", "test")
-    needs_head = False
     options = LinearOptions
+
+    def check(self, extractor: Extractor, num_classes: int, options: LinearOptions) -> None:
+        """Every model can be scored."""
 
     def run(self, extractor: Extractor, data: EvalData, options: LinearOptions) -> Result:
         """Train all heads, choose one, score it on the test images. Raises ValueError with one train image."""
@@ -200,7 +205,7 @@ class LinearTask:
             train_heads(groups, fit, batch_size=batch_size, steps=steps, generator=generator)
         found = accuracies(groups, choose)
         best = max(range(len(found)), key=found.__getitem__)  # of equal ones the first: fewer blocks, lower rate
-        scores = _scores(groups, best, test, data.num_classes)
+        scores, hits = scores_of_logits(_logits(groups, best, test), test.labels, data.num_classes)
         protocol = {
             "name": 'linear grid on cached features of central views ("features")',
             "inputs": [f"last {n} blocks, {pool} mean patch" for n in options.blocks for pool in ("no", "with")],
@@ -210,7 +215,8 @@ class LinearTask:
             "select": options.select,
             "choice": _CHOICE[options.select].format(share=options.held_out),
         }
-        return Result(scores, "top1", protocol, _details(groups, found, best, len(fit), len(choose)))
+        details = _details(groups, found, best, len(fit), len(choose))
+        return Result(scores, "top1", protocol, details, PerImage(data.names("test"), hits))
 
 
 @contextmanager
@@ -251,18 +257,13 @@ def _choice_of_images(
     )
 
 
-def _scores(groups: list[HeadGroup], best: int, test: Labelled, num_classes: int) -> dict[str, float]:
+def _logits(groups: list[HeadGroup], best: int, test: Labelled) -> Float[Tensor, "Q C"]:
+    """Of one head, for the test images."""
     per_group = len(groups[0].heads)
     group, column = groups[best // per_group], best % per_group
     device = group.weight.device
     rows = test.tokens.values.flatten(1)
-    logits = torch.cat([group.logits(x.to(device))[:, column].cpu() for x in rows.split(EVAL_CHUNK)])
-    hits = top_k_hits(logits, test.labels, 1)
-    scores = {"top1": float(hits.double().mean())}
-    if num_classes > 5:
-        scores["top5"] = float(top_k_hits(logits, test.labels, 5).double().mean())
-    scores["mean_per_class"] = mean_per_class(hits, test.labels, num_classes)
-    return scores
+    return torch.cat([group.logits(x.to(device))[:, column].cpu() for x in rows.split(EVAL_CHUNK)])
 
 
 def _details(groups: list[HeadGroup], found: list[float], best: int, fitted: int, chosen_on: int) -> dict[str, Any]:

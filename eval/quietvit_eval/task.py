@@ -9,13 +9,38 @@ from typing import Any, Protocol
 
 from quietvit.contracts import Extractor
 from quietvit_eval.classifier import ClassifierTask
-from quietvit_eval.data import EvalData, Result
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
+from quietvit_eval.result import Result
 
 
 class Task(Protocol):
-    """Scores a frozen model. It never knows whose model the extractor is."""
+    """Scores a frozen model. It never knows whose model the extractor is.
+
+    Tasks whose target is "labels" are LabelTasks and get an EvalData; the others get a PairData.
+    """
+
+    @property
+    def target(self) -> str:
+        """What it predicts: "labels" of images, or for every pixel "classes" or "metres"."""
+        ...
+
+    @property
+    def options(self) -> type[Any]:
+        """A frozen dataclass: its settings, each with a default. Raises ValueError for values that cannot be."""
+        ...
+
+    def check(self, extractor: Extractor, num_classes: int, options: Any) -> None:
+        """Raises ValueError, before any work is done, if the extractor cannot be scored by this task."""
+        ...
+
+    def run(self, extractor: Extractor, data: Any, options: Any) -> Result:
+        """Train on data.train if need be, score on data.test. Raises ValueError for data that cannot be scored."""
+        ...
+
+
+class LabelTask(Task, Protocol):
+    """A task on labelled images."""
 
     @property
     def blocks(self) -> int:
@@ -27,22 +52,10 @@ class Task(Protocol):
         """Which of "train" and "test" it reads; its card tells about those."""
         ...
 
-    @property
-    def needs_head(self) -> bool:
-        """Whether it scores a supervised head, so that models without one are refused before any work."""
-        ...
 
-    @property
-    def options(self) -> type[Any]:
-        """A frozen dataclass: its settings, each with a default."""
-        ...
-
-    def run(self, extractor: Extractor, data: EvalData, options: Any) -> Result:
-        """Train on data.train if need be, score on data.test. Raises ValueError for data that cannot be scored."""
-        ...
-
-
-TASKS: Mapping[str, Task] = {"knn": KnnTask(), "linear": LinearTask(), "classifier": ClassifierTask()}
+LABEL_TASKS: Mapping[str, LabelTask] = {"knn": KnnTask(), "linear": LinearTask(), "classifier": ClassifierTask()}
+PIXEL_TASKS: Mapping[str, Task] = {}
+TASKS: Mapping[str, Task] = {**LABEL_TASKS, **PIXEL_TASKS}
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> Any:

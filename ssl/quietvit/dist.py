@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from jaxtyping import Float, Shaped
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -45,3 +49,12 @@ def gather_rows(x: Float[Tensor, "B D"]) -> Float[Tensor, "W*B D"]:
     if not is_distributed():
         return x
     return torch.cat(dist_fn.all_gather(x), dim=0)
+
+
+def gather_objects(own: T) -> list[T]:
+    """What every rank holds, in rank order; small picklable things only. Alone: a list of one."""
+    if not is_distributed():
+        return [own]
+    out: list[T | None] = [None] * world_size()
+    dist.all_gather_object(out, own)
+    return cast("list[T]", out)

@@ -137,7 +137,7 @@ def test_few_classes_have_no_top5() -> None:
     [
         (8, {"data_spec": (Tinted("train", 5), Tinted("val", 5))}, "tells 8 classes apart, but the data have 5"),
         (0, {}, "head that came with a model's weights, and this model has none: knn and linear score its features"),
-        (8, {"pixels": True}, "raw pixels have no head for task classifier"),
+        (8, {"pixels": True}, "raw pixels are a control of knn, linear only"),
         (8, {"options": {"classifier": {"temp": 1}}}, "task classifier has no option 'temp'"),
     ],
 )

@@ -116,23 +116,23 @@ def test_the_side_to_score_at() -> None:
 def test_test_classes_are_matched_by_name_and_unknown_labels_left_out() -> None:
     train, test = Pictures(classes="abcd"), Pictures(classes="dab")
     test.labels["class"] = np.array([0, 1, 2, -1] * 3)
-    first, second, names = choose_splits(train, test, "class", limit_train=None, limit_test=None, seed=0)
+    first, second, names = choose_splits(train, test, label="class", limit_train=None, limit_test=None, seed=0)
     assert names == ["a", "b", "c", "d"]
     assert second.indices.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert second.labels.tolist() == [3, 0, 1] * 3
     assert first.labels.tolist() == train.labels["class"].tolist()
     with pytest.raises(ValueError, match="1 classes of pictures are not in pictures: c"):
-        choose_splits(test, train, "class", limit_train=None, limit_test=None, seed=0)
+        choose_splits(test, train, label="class", limit_train=None, limit_test=None, seed=0)
     with pytest.raises(ValueError, match="no label set 'colour'; its label sets: class"):
-        choose_splits(train, test, "colour", limit_train=None, limit_test=None, seed=0)
+        choose_splits(train, test, label="colour", limit_train=None, limit_test=None, seed=0)
 
 
 def test_limits_draw_the_same_images_for_the_same_seed() -> None:
     source = Pictures(count=40)
-    draws = [choose_splits(source, source, "class", limit_train=9, limit_test=5, seed=s)[:2] for s in (0, 0, 1)]
+    draws = [choose_splits(source, source, label="class", limit_train=9, limit_test=5, seed=s)[:2] for s in (0, 0, 1)]
     assert len(draws[0][0].indices) == 9
     assert len(draws[0][1].indices) == 5
     assert draws[0][0].indices.tolist() == draws[1][0].indices.tolist() != draws[2][0].indices.tolist()
     assert draws[0][0].labels.tolist() == source.labels["class"][draws[0][0].indices].tolist()
     with pytest.raises(ValueError, match="leaves nothing"):
-        choose_splits(source, source, "class", limit_train=0, limit_test=None, seed=0)
+        choose_splits(source, source, label="class", limit_train=0, limit_test=None, seed=0)

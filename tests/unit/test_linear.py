@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quietvit_eval.accuracy import mean_per_class, per_class, standard_error, top_k_hits
+from quietvit_eval.accuracy import mean_per_class, per_class, top_k_hits
 from quietvit_eval.linear import LRS, LinearOptions, Rows, accuracies, make_groups, train_heads
 
 CPU = torch.device("cpu")
@@ -90,4 +90,3 @@ def test_mean_per_class_leaves_absent_classes_out() -> None:
     hits, labels = torch.tensor([True, False, True]), torch.tensor([0, 0, 2])
     assert per_class(hits, labels, 4).nan_to_num(-1).tolist() == [0.5, -1, 1, -1]
     assert mean_per_class(hits, labels, 4) == pytest.approx(0.75)
-    assert standard_error(0.5, 100) == pytest.approx(0.05)

@@ -59,6 +59,15 @@ class BackboneExtractor:
             blocks = self.backbone.last_blocks(images.to(self.device), num)  # type: ignore[operator]
             return [_fp32(f) for f in blocks]
 
+    def blocks(self, images: Float[Tensor, "B 3 H W"], which: Sequence[int], *, norm: bool) -> Sequence[Features]:
+        """Features after the blocks with the listed indices (from 0), earliest first, through the final norm or not.
+
+        Raises ValueError as a call, and for blocks that are not there.
+        """
+        with torch.no_grad(), self._autocast():
+            blocks = self.backbone.last_blocks(images.to(self.device), which, norm=norm)  # type: ignore[operator]
+            return [_fp32(f) for f in blocks]
+
     def classify(self, cls: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
         """Class scores by the supervised head that came with the weights, from [CLS] after the final norm; fp32.
 

@@ -1,0 +1,1 @@
+"""Monocular depth from frozen features."""
