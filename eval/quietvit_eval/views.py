@@ -59,8 +59,8 @@ def to_pixels(
 ) -> Float[Tensor, "B C H W"]:
     """Maps of the patch grid (or a whole multiple of it), bilinear, at the image's own (H, W).
 
-    The padding is cut off again. DINOv2 does not (`keep_padding`): it squeezes the padded grid into the image, about 1 %
-    out of place.
+    The padding is cut off again. DINOv2 does not (`keep_padding`): it squeezes the padded grid into the image, about
+    1 % out of place.
     """
     if keep_padding:
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
