@@ -43,6 +43,9 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "pyarrow>=17.0",  # embeddings as .parquet
+        "scikit-learn>=1.5",  # logistic regression, patch probe
+        "scipy>=1.13",  # splits.mat of NYUd
+        "h5py>=3.11",  # nyu_depth_v2_labeled.mat
         "fvcore>=0.1.5.post20221221",  # multiply-adds of `quietvit info`
     ],
     extras_require={
@@ -55,6 +58,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "torchmetrics>=1.6",  # test oracle of the metrics
             "setuptools>=77",  # tests/layout builds the wheel without the network
             "torchvision>=0.25",  # test oracle of the augmentation; 0.25 is the one made for torch 2.10
         ],

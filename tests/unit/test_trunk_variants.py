@@ -244,7 +244,7 @@ def test_layers_that_cannot_be_are_explained() -> None:
         tiny(attention_layer="ghosts")
     with pytest.raises(ValueError, match="did you mean plain or se or ghost"):
         tiny(attention_layer="7")
-    with pytest.raises(ValueError, match=r"set mlp_ratio to 3 \(hidden 64, width 16\)"):
+    with pytest.raises(ValueError, match=r"\(hidden 64, width 16\): in a recipe take model.size=16-ghost"):
         tiny(ffn="ghost", mlp_ratio=4.0)
     with pytest.raises(ValueError, match="ghost attention needs an even width, not 15"):
         tiny(embed_dim=15, num_heads=3, attention_layer="ghost")

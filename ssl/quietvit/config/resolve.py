@@ -123,7 +123,10 @@ def check_values(config: RunConfig) -> None:
             "(KoLeo needs a neighbour) and a multiple of the number of micro-batches"
         )
     if (config.train.steps is None) == (config.train.passes is None):
-        raise ConfigError("give the length of the run as train.steps=N or as train.passes=N, one of the two")
+        raise ConfigError(
+            "give the length of the run as one of the two: train.steps=N train.passes=null, or train.passes=N "
+            "train.steps=null"
+        )
 
 
 def plan(config: RunConfig, *, num_images: int, batch_size: int, stride: int) -> Plan:

@@ -59,7 +59,8 @@ class GhostMlp(nn.Module):
         super().__init__()
         if hidden != 3 * dim:
             raise ValueError(
-                f"a ghost MLP is three times as wide inside: set mlp_ratio to 3 (hidden {hidden}, width {dim})"
+                f"a ghost MLP is three times as wide inside (hidden {hidden}, width {dim}): in a recipe take "
+                "model.size=16-ghost, in Python mlp_ratio=3"
             )
         self.fc1 = nn.Linear(dim, dim, bias=bias)
         self.cheap_operation2 = ChannelScale(dim)
