@@ -28,7 +28,8 @@ from quietvit.data.sources import open_source
 from quietvit.train.environment import environment
 from quietvit_launch.demo import RECIPE, TASKS, run_demo
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, two-sided, by number of seeds
+# Student's t, two-sided, by number of seeds
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def interval(values: list[float]) -> dict[str, float]:
