@@ -5,7 +5,7 @@
     python -m benchmarks.stems_learning run quickstart --stem t2t_vit --seed 0 --ratio 1.3 --out runs/stems
     python -m benchmarks.stems_learning report --out runs/stems --write benchmarks/results/stems-<date>
 
-Settings after `--` go to the recipe, e.g. `run cifar10 ... -- data.path=cifar10 train.steps=800`. One thread a run, so
+Settings go to the recipe, e.g. `run cifar10 ... --settings data.path=cifar10 train.steps=600`. One thread a run, so
 that two can go side by side: start vit and t2t_vit of a seed together, and the ratio of their step times is fair on a
 busy machine too. `--ratio R` trains for 1/R of the steps: schedules are shares of a run, so that is a whole run in
 the time of the other stem's. Every run is scored with its own initialisation; a run that is complete is not run again.
@@ -159,7 +159,7 @@ def main() -> None:
     one.add_argument("--stem", choices=("vit", "t2t_vit"), required=True)
     one.add_argument("--seed", type=int, required=True)
     one.add_argument("--ratio", type=float, help="train for 1/ratio of the steps")
-    one.add_argument("overrides", nargs="*")
+    one.add_argument("--settings", nargs="*", default=[], metavar="key=value")
     show = commands.add_parser("ratio")
     show.add_argument("recipe")
     tell = commands.add_parser("report")
@@ -168,7 +168,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=Path("runs/stems"))
     args = parser.parse_args()
     if args.command == "run":
-        run(args.recipe, args.stem, args.seed, args.ratio, tuple(args.overrides), args.out)
+        run(args.recipe, args.stem, args.seed, args.ratio, tuple(args.settings), args.out)
     elif args.command == "ratio":
         found = ratios(args.out, args.recipe)
         print(f"by seed: {found}; median {statistics.median(found.values()):.3f}")
