@@ -20,9 +20,8 @@ from quietvit.config.load import load_config
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.train.metrics import read_metrics
+from quietvit_eval.demo_scores import SHOWN, headline, rows, verdict
 
-TITLES = {"knn": "k-NN: the nearest labelled pictures decide", "linear": "Linear: one layer on frozen features"}
-SUBJECTS = {"trained": "pretrained, no labels", "random": "untrained network", "pixels": "raw pixels"}
 PER_CLASS = 3  # example pictures (ours: enough to see what a class has in common)
 
 Records = Sequence[Mapping[str, Any]]
@@ -31,7 +30,8 @@ Records = Sequence[Mapping[str, Any]]
 def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
     """Write `out`/report.html from the demo's summary, `out`/pretrain and the data set `scenes`. Returns its path.
 
-    `summary` is what quietvit_launch.demo writes to summary.json: scores and standard errors in %, seconds per stage.
+    `summary` is what quietvit_launch.demo writes to summary.json: scores and standard errors in % (depth in metres),
+    seconds per stage, and where the pictures of predictions lie.
     The page is one file: styles inside, charts as SVG, pictures as PNG in base64; it asks nothing of any network.
     """
     from jinja2 import Environment, StrictUndefined
@@ -40,21 +40,23 @@ def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
     records = read_metrics(out / "pretrain" / "metrics.jsonl")
     source = open_source("scenes", None, split="train", image_size=64, num_images=1000)
-    images, chance = summary["images"], 100 / summary["classes"]
+    images = summary["images"]
     path = out / "report.html"
     html = page.render(
         headline=headline(summary, records),
         verdict=verdict(summary),
-        tasks=[_task(task, summary) for task in TITLES if task in summary],
-        chance=chance,
+        tasks=rows(summary),
+        chance=100 / summary["classes"],
         classes=summary["classes"],
         label=summary["label"],
         label_meaning=_meaning(source, summary["label"]),
         train_images=f"{images['train']:,}",
         test_images=f"{images['test']:,}",
+        dense_images=summary.get("dense_images"),
         seed=summary["seed"],
         charts=list(charts(records, prototypes=_prototypes(out))),
         examples=examples(source, summary["label"]),
+        predictions=predictions(out, summary.get("pictures", {})),
         teacher=summary["teacher"],
         code=code(summary["teacher"]),
         seconds=_seconds(summary["seconds"]),
@@ -65,59 +67,6 @@ def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
 
 
 # ---- words
-
-
-def headline(summary: Mapping[str, Any], records: Records) -> str:
-    """The result in one sentence: k-NN, its controls and chance."""
-    score, error = summary["knn"], summary["standard_error"]["knn"]
-    last = max((r for r in records if r.get("images")), key=lambda r: r["step"], default=None)
-    after = f"After {last['step']:,} steps on {last['images']:,.0f} pictures" if last else "After pretraining"
-    controls = [f"{_percent(score[k])} {how}" for k, how in CONTROLS.items() if k in score]
-    return (
-        f"{after} without a label, the network's features find the right one of {summary['classes']} classes for "
-        f"{_percent(score['trained'])} (± {error:.1f}) of pictures it never saw, by nearest neighbours alone: "
-        f"{', '.join(controls)} and {_percent(100 / summary['classes'])} by guessing."
-    )
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f}\N{NO-BREAK SPACE}%"
-
-
-CONTROLS = {"random": "before training", "pixels": "on raw pixels"}
-
-
-def verdict(summary: Mapping[str, Any]) -> str:
-    """Whether pretraining helped, task by task, measured against the better control and the error of the difference.
-
-    By chance two scores on the same pictures differ by sqrt(2) standard errors, and by less where they err alike; more
-    than twice that is what we call clear.
-    """
-    said = []
-    for task in TITLES:
-        scores = summary.get(task, {})
-        best = max((scores[k] for k in CONTROLS if k in scores), default=None)
-        if best is None:
-            continue
-        gain, noise = scores["trained"] - best, math.sqrt(2) * summary["standard_error"][task]
-        how = "a clear gain" if gain > 2 * noise else "a clear loss" if gain < -2 * noise else "no clear difference"
-        said.append(f"{TITLES[task].partition(':')[0]}: {how} ({gain:+.1f} points ± {noise:.1f} to the better control)")
-    return "; ".join(said) + "."
-
-
-def _task(task: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    error = summary["standard_error"][task]
-    rows = [
-        {
-            "name": name,
-            "own": key == "trained",
-            "score": summary[task][key],
-            "text": _percent(summary[task][key]) + (f" ± {error:.1f}" if key == "trained" else ""),
-        }
-        for key, name in SUBJECTS.items()
-        if key in summary[task]
-    ]
-    return {"title": TITLES[task], "rows": rows}
 
 
 def code(teacher: str) -> str:
@@ -254,9 +203,21 @@ def examples(source: Source, label: str) -> list[dict[str, Any]]:
     """The first pictures of every class, as PNG in base64."""
     found = []
     for number, name in enumerate(source.classes[label]):
-        rows: Iterable[int] = np.flatnonzero(source.labels[label] == number)[:PER_CLASS].tolist()
-        found.append({"name": name, "images": [_png(source.load(i)) for i in rows]})
+        numbers: Iterable[int] = np.flatnonzero(source.labels[label] == number)[:PER_CLASS].tolist()
+        found.append({"name": name, "images": [_png(source.load(i)) for i in numbers]})
     return found
+
+
+def predictions(out: Path, pictures: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Pictures of what the dense probes predicted, by task; paths are relative to `out`."""
+    return [
+        {
+            "title": SHOWN[task].title,
+            "images": [base64.b64encode((out / name).read_bytes()).decode("ascii") for name in names],
+        }
+        for task, names in pictures.items()
+        if names
+    ]
 
 
 def _png(pixels: np.ndarray) -> str:

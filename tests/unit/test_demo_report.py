@@ -19,7 +19,8 @@ from quietvit.backbones import make_backbone
 from quietvit.config.load import load_config, to_yaml
 from quietvit.weights import save_teacher
 from quietvit_eval import demo_report
-from quietvit_eval.demo_report import headline, verdict, write_report
+from quietvit_eval.demo_report import write_report
+from quietvit_eval.demo_scores import headline, verdict
 
 SUMMARY: dict[str, Any] = {
     "knn": {"trained": 61.3, "random": 42.1, "pixels": 33.7},
