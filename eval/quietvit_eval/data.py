@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietvit.contracts import Extractor
+from quietvit import dist
+from quietvit.contracts import BadSample, Extractor
 from quietvit.data.sources import Source
 from quietvit_eval.extract import Reading, Tokens, extract
 from quietvit_eval.transform import EvalTransform
@@ -53,8 +57,10 @@ class EvalData:
     reading: Reading
     seed: int
     device: torch.device  # where tasks compute
-    model_hash: str | None = None  # of the extractor; None: it cannot tell
+    model_hash: str | None = None  # of the extractor; None: it cannot tell, and nothing is resumed
+    folder: Path | None = None  # for the state of interrupted training; None: nowhere
     _cache: dict[str, Labelled] = field(default_factory=dict, init=False, repr=False)
+    _skipped: dict[str, dict[str, BadSample]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -87,19 +93,39 @@ class EvalData:
             self._cache[split] = Labelled(tokens, torch.from_numpy(part.labels[rows]))
         return self._cache[split]
 
+    def note_unreadable(self, split: str, bad: Sequence[BadSample]) -> None:
+        """Images of "train" or "test" that a task met while it read them itself, without `features`."""
+        self._skipped.setdefault(split, {}).update({b.name: b for b in bad})
+
+    def state_file(self, task: str, facts: Mapping[str, Any]) -> Path | None:
+        """Where what is trained by these facts is kept, meanwhile and afterwards; None if it cannot be."""
+        if self.folder is None or self.model_hash is None:
+            return None
+        images = hashlib.sha256(self.train.indices.tobytes() + self.train.labels.tobytes()).hexdigest()
+        parts = [self.model_hash, self.seed, self.train.source.fingerprint(), images, dict(facts)]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        return self.folder / "heads" / f"{task}-{key}.safetensors"
+
     def about(self, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The named splits, for the card; ask once their features are there."""
+        """The named splits, for the card; ask once they were read."""
         return {
             name: {
                 "name": part.source.name,
                 "fingerprint": part.source.fingerprint(),
                 "images": len(part.indices),
-                "unreadable": len(self._cache[name].tokens.skipped),
-                "unreadable_names": [bad.name for bad in self._cache[name].tokens.skipped[:SHOWN]],
+                **self._unreadable(name),
             }
             for name, part in (("train", self.train), ("test", self.test))
             if name in splits
         }
+
+    def _unreadable(self, split: str) -> dict[str, Any]:
+        """What could not be read: of the features' rows, or else what tasks noted, on all ranks."""
+        if split in self._cache:
+            names = [bad.name for bad in self._cache[split].tokens.skipped]
+        else:
+            names = sorted({name for noted in dist.gather_objects(self._skipped.get(split, {})) for name in noted})
+        return {"unreadable": len(names), "unreadable_names": names[:SHOWN]}
 
 
 def choose_splits(

@@ -117,7 +117,7 @@ def evaluate(
         )
         transform = choose_transform(train.source, eval_size(extractor, image_size))
         blocks = max(LABEL_TASKS[name].blocks for name in settings)
-        data = EvalData(train, test, label, names, transform, blocks, on.reading, seed, on.device)
+        data = EvalData(train, test, label, names, transform, blocks, on.reading, seed, on.device, folder=folder)
         pixel_size = transform.image_size
     else:
         first, second = _expect(sources, PairSource)
