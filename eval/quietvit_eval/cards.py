@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,29 @@ class Card:
         text = json.dumps([self.task, self.label, self.seed, images, self.protocol], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def facts(self) -> dict[str, Any]:
+        """What `protocol_key` is made of, by dotted name, e.g. "protocol.view.resize" or "data.test.fingerprint"."""
+        images = {k: {"fingerprint": v["fingerprint"], "images": v["images"]} for k, v in self.data.items()}
+        tree = {"task": self.task, "label": self.label, "seed": self.seed, "data": images, "protocol": self.protocol}
+        return dict(_flat(json.loads(json.dumps(tree)), ""))
+
+
+def _flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings with their dotted names; lists and empty mappings are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
 
 def card_name(card: Card) -> str:
-    """`<task>_<label>_<subject>_<hash>`, the same only for the same model and protocol."""
-    own = hashlib.sha256(f"{card.protocol_key()} {card.model.get('hash')}".encode()).hexdigest()[:8]
+    """`<task>_<label>_<subject>_<hash>`, the same only for the same model, precision and protocol.
+
+    A model that cannot tell its hash is known by the name of its class.
+    """
+    who = [card.model.get("hash") or card.model.get("class"), card.model.get("precision")]
+    own = hashlib.sha256(json.dumps([card.protocol_key(), who]).encode()).hexdigest()[:8]
     label = "".join(c if c.isalnum() or c in "-_" else "-" for c in card.label)
     return f"{card.task}_{label}_{card.subject}_{own}"
 
@@ -61,7 +81,7 @@ def card_name(card: Card) -> str:
 def write_card(card: Card, folder: Path, per_image: PerImage | None = None) -> Path:
     """Write the card as JSON and, beside it, what was found on every test image.
 
-    A card is only overwritten by the same model and protocol.
+    A card is only overwritten by the same model, precision and protocol.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{card_name(card)}.json"
@@ -88,11 +108,47 @@ def read_per_image(card_path: Path) -> PerImage:
 
 
 def read_card(path: Path) -> Card:
-    """Read a card. Raises ValueError if the file is not one of this version's."""
+    """Read a card. Raises ValueError if the file is not one of this version's, OSError if it is not there."""
+    values = _read_json(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        old = f": it is of the format {found!r}; evaluate the model again" if _is_format(found) else ""
+        raise ValueError(f"{path} is not a result card of the format {FORMAT!r}{old}")
+    names = {f.name for f in fields(Card)}
+    if wrong := sorted(names ^ set(values)):
+        said = ", ".join(f"{name} ({'missing' if name in names else 'unknown'})" for name in wrong)
+        raise ValueError(f"{path} is a broken result card: {said}")
+    return Card(**values)
+
+
+def find_cards(path: Path) -> dict[Path, Card]:
+    """The card at `path`, or all cards in that folder and in its folder `eval`, by path, sorted.
+
+    Other JSON files of a folder are passed over. Raises ValueError if there is no card, or a broken one or one of
+    another format among them.
+    """
+    if path.is_file():
+        return {path: read_card(path)}
+    if not path.is_dir():
+        raise ValueError(f"there is no card and no folder at {path}")
+    files = [*sorted(path.glob("*.json")), *sorted((path / "eval").glob("*.json"))]
+    found = {file: read_card(file) for file in files if _claims_to_be_card(file)}
+    if not found:
+        raise ValueError(f"there are no result cards in {path} nor in {path / 'eval'}: `quietvit eval` writes them")
+    return found
+
+
+def _claims_to_be_card(path: Path) -> bool:
+    values = _read_json(path)
+    return isinstance(values, dict) and _is_format(values.get("format"))
+
+
+def _is_format(text: object) -> bool:
+    return isinstance(text, str) and text.startswith("quietvit-card-")
+
+
+def _read_json(path: Path) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a result card: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a result card of the format {FORMAT!r}")
-    return Card(**values)
