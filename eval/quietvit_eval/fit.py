@@ -21,6 +21,8 @@ from quietvit.files import write_atomically
 B = TypeVar("B")
 
 SAVE_EVERY = 500  # steps between saves (ours: seconds of work on a GPU, minutes on a CPU)
+ONE_CYCLE_END = 1 / 25_000  # of the rate: DINOv3's div_factor 25 times its final_div_factor 1,000
+ONE_CYCLE_BETAS = (0.85, 0.95)  # DINOv3
 OPTIMIZER = "optimizer/"  # prefix of the optimizer's tensors in a state file
 
 
@@ -31,21 +33,42 @@ class Schedule:
     steps: int
     warmup_steps: int = 0
     warmup_factor: float = 1e-6  # what the warm-up begins with
-    decay: str = "poly"  # "poly": linear to 0; "cosine": to 0 along a cosine; "none"
+    decay: str = "poly"  # "poly": linear to 0; "cosine": to 0 along a cosine; "one_cycle": DINOv3's depth; "none"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.warmup_steps < 0:
             raise ValueError(f"steps must be at least 1 and warmup_steps at least 0, got {self}")
-        if self.decay not in ("poly", "cosine", "none"):
-            raise ValueError(f"decay is poly, cosine or none, not {self.decay!r}")
+        if self.decay not in ("poly", "cosine", "one_cycle", "none"):
+            raise ValueError(f"decay is one_cycle, poly, cosine or none, not {self.decay!r}")
 
     def factor(self, step: int) -> float:
         """Of the rate at `step`, counted from 0."""
         done = step / self.steps
+        if self.decay == "one_cycle":
+            return self._one_cycle(step)
         decay = {"poly": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "none": 1.0}[self.decay]
         if step >= self.warmup_steps:
             return decay
         return decay * (1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor))
+
+    def _one_cycle(self, step: int) -> float:
+        """warmup_factor + step / warmup_steps times a cosine over all steps, then that cosine down to 1 / 25,000."""
+        if step < self.warmup_steps:
+            return self.warmup_factor + step / self.warmup_steps * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * 0.5 * (1 + math.cos(math.pi * (step + 1) / self.steps))
+
+    def beta1(self, step: int) -> float | None:
+        """What AdamW's first beta is at `step`; None: as it was given.
+
+        "one_cycle" has 0 during the warm-up and then 0.85, rising to 0.95 along a cosine (DINOv3's scheduler).
+        """
+        if self.decay != "one_cycle":
+            return None
+        if step < self.warmup_steps:
+            return 0.0
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        low, high = ONE_CYCLE_BETAS
+        return high + (low - high) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def fit(
@@ -83,6 +106,8 @@ def fit(
             for batch in batches_from(first) if first < schedule.steps else ():
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * schedule.factor(step)
+                    if (beta1 := schedule.beta1(step)) is not None:
+                        group["betas"] = (beta1, group["betas"][1])
                 losses.append(_step(head, loss_of(batch, step), optimizer, clip, step))
                 step += 1
                 progress.update(bar, completed=step, loss=losses[-1])

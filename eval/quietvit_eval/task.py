@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from quietvit.contracts import Extractor
 from quietvit_eval.classifier import ClassifierTask
+from quietvit_eval.depth.task import DepthTask
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
 from quietvit_eval.result import Result
@@ -54,7 +55,7 @@ class LabelTask(Task, Protocol):
 
 
 LABEL_TASKS: Mapping[str, LabelTask] = {"knn": KnnTask(), "linear": LinearTask(), "classifier": ClassifierTask()}
-PIXEL_TASKS: Mapping[str, Task] = {}
+PIXEL_TASKS: Mapping[str, Task] = {"depth": DepthTask()}
 TASKS: Mapping[str, Task] = {**LABEL_TASKS, **PIXEL_TASKS}
 
 
