@@ -10,9 +10,12 @@ from typing import Any, Protocol
 from quietvit.contracts import Extractor
 from quietvit_eval.classifier import ClassifierTask
 from quietvit_eval.depth.task import DepthTask
+from quietvit_eval.finetune import FinetuneTask
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
 from quietvit_eval.result import Result
+from quietvit_eval.segmentation.linear import SegmentationTask
+from quietvit_eval.segmentation.patches import SegmentationPatchesTask
 
 
 class Task(Protocol):
@@ -54,8 +57,17 @@ class LabelTask(Task, Protocol):
         ...
 
 
-LABEL_TASKS: Mapping[str, LabelTask] = {"knn": KnnTask(), "linear": LinearTask(), "classifier": ClassifierTask()}
-PIXEL_TASKS: Mapping[str, Task] = {"depth": DepthTask()}
+LABEL_TASKS: Mapping[str, LabelTask] = {
+    "knn": KnnTask(),
+    "linear": LinearTask(),
+    "finetune": FinetuneTask(),
+    "classifier": ClassifierTask(),
+}
+PIXEL_TASKS: Mapping[str, Task] = {
+    "segmentation": SegmentationTask(),
+    "segmentation-patches": SegmentationPatchesTask(),
+    "depth": DepthTask(),
+}
 TASKS: Mapping[str, Task] = {**LABEL_TASKS, **PIXEL_TASKS}
 
 
