@@ -68,6 +68,6 @@ class ClassifierTask:
         head = head_of(extractor, data.num_classes)
         test = data.features(extractor, "test")
         logits = torch.cat([head.classify(cls).cpu() for cls in test.cls.split(CHUNK)])
-        scores, found = scores_of_logits(logits, test.labels, data.num_classes)
+        scores, found = scores_of_logits(logits, data.answers(test.tokens.indices))
         protocol = {"name": "the model's own supervised head, on [CLS]"}
         return Result(scores, "top1", protocol, {}, PerImage(data.names("test"), found))
