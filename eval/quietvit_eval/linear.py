@@ -1,125 +1,70 @@
 """Task `linear`: a grid of linear classifiers on frozen features, all trained at once (DINOv2's protocol).
 
 Inputs are [CLS] of the last 1 or 4 blocks, with or without the mean patch of the last, and 13 learning rates each: 52
-heads. Unlike DINOv2 (random crops and flips of the train images) the features are computed once, from central views:
-protocol "features". It costs one pass over the images instead of ten, and scores somewhat lower.
+heads. DINOv2 trains them on random crops and flips of the train images (`views="crops"`). The default computes the
+features once, from central views: it costs one pass over the images instead of ten, and scores somewhat lower.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from quietvit import dist
 from quietvit.contracts import Extractor
 from quietvit_eval.accuracy import scores_of_logits
 from quietvit_eval.data import EvalData, Labelled
+from quietvit_eval.head_grid import BLOCKS, LRS, HeadGroup, make_groups
+from quietvit_eval.linear_crops import BATCH, STEPS, VIEW, train_on_crops
 from quietvit_eval.resampling import PerImage
 from quietvit_eval.result import Result
 
-# DINOv2, for a batch of 256
-LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-BLOCKS = (1, 4)  # DINOv2
-MOMENTUM = 0.9  # DINOv2; no weight decay
-INIT_STD = 0.01  # DINOv2; biases start at 0
 SMALL_STEP = 100_000_000  # products of a forward that one core does in a few milliseconds (ours)
 EVAL_CHUNK = 1024  # rows scored at a time (ours)
 SELECT = ("held_out", "val")
+VIEWS = ("central", "crops")
 
 
 @dataclass(frozen=True)
 class LinearOptions:
     """Settings of the task. Raises ValueError for values that cannot be."""
 
+    views: str = "central"  # ours: features are computed once; "crops": new random ones for every step (DINOv2)
     select: str = "held_out"  # CAPI: the head is chosen on train images held out; "val": on the test images (DINOv2)
     held_out: float = 0.1  # share of the train images; CAPI
     blocks: tuple[int, ...] = BLOCKS
     lrs: tuple[float, ...] = LRS
-    batch_size: int | None = None  # None: 1024 as DINOv2 on 8 GPUs, but an eighth of the train images at the most
-    steps: int | None = None  # None: 10 passes as DINOv2, but 1,000 steps at the least (ours) and 12,500 at the most
+    # Images of a step over all processes. None: of central views 1024 as DINOv2 on 8 GPUs, but an eighth of the train
+    # images at the most; of crops 128 for each process, as DINOv2.
+    batch_size: int | None = None
+    # None: 12,500 as DINOv2; of central views no more than 10 passes, as there, but 1,000 steps at the least (ours).
+    steps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.views not in VIEWS:
+            raise ValueError(f"linear: views must be one of {', '.join(VIEWS)}, not {self.views!r}")
         if self.select not in SELECT:
             raise ValueError(f"linear: select must be one of {', '.join(SELECT)}, not {self.select!r}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"linear: held_out is a share of the train images between 0 and 1, not {self.held_out}")
         if not self.blocks or min(self.blocks) < 1 or not self.lrs:
             raise ValueError("linear: needs at least one number of blocks (from 1) and one learning rate")
-
-
-@dataclass(frozen=True)
-class Head:
-    """One classifier of the grid. `lr` is for a batch of 256 images."""
-
-    blocks: int
-    avgpool: bool
-    lr: float
-
-
-@dataclass
-class HeadGroup:
-    """All heads with the same input: H learning rates side by side in one matrix, so a step is one product each way."""
-
-    columns: slice  # of the flattened tokens [CLS_1 .. CLS_n | mean patch]
-    heads: list[Head]
-    weight: Float[Tensor, "W H C"]
-    bias: Float[Tensor, "H C"]
-    momenta: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.momenta = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
-
-    def logits(self, x: Float[Tensor, "B F"]) -> Float[Tensor, "B H C"]:
-        """Of all heads; `x` are whole rows of features."""
-        return (x[:, self.columns] @ self.weight.flatten(1)).view(len(x), *self.bias.shape) + self.bias
-
-    def step(self, x: Float[Tensor, "B F"], labels: Int[Tensor, " B"], lrs: Float[Tensor, " H"]) -> None:
-        """One SGD step on the sum over heads of the mean cross-entropy. Its gradient is softmax minus one-hot."""
-        error = torch.softmax(self.logits(x), dim=-1)
-        error.sub_(F.one_hot(labels, error.shape[-1])[:, None]).div_(len(x))
-        gradients = ((x[:, self.columns].T @ error.flatten(1)).view_as(self.weight), error.sum(dim=0))
-        for value, momentum, gradient in zip((self.weight, self.bias), self.momenta, gradients, strict=True):
-            momentum.mul_(MOMENTUM).add_(gradient)
-            value.addcmul_(momentum, lrs[:, None], value=-1)
-
-
-def make_groups(
-    num_blocks: int,
-    embed_dim: int,
-    num_classes: int,
-    *,
-    blocks: Sequence[int] = BLOCKS,
-    lrs: Sequence[float] = LRS,
-    pooled: Sequence[bool] = (False, True),
-    generator: torch.Generator,
-    device: torch.device,
-) -> list[HeadGroup]:
-    """The grid, for features of the last `num_blocks` blocks and the mean patch. Heads of one group start alike.
-
-    `pooled`: without and with the mean patch; pixels are one vector an image and have the first only.
-    """
-    width = embed_dim
-    groups = []
-    for n in sorted({min(n, num_blocks) for n in blocks}):
-        for avgpool in pooled:
-            columns = slice((num_blocks - n) * width, (num_blocks + int(avgpool)) * width)
-            start = torch.randn(columns.stop - columns.start, 1, num_classes, generator=generator) * INIT_STD
-            groups.append(
-                HeadGroup(
-                    columns,
-                    [Head(n, avgpool, lr) for lr in lrs],
-                    start.repeat(1, len(lrs), 1).to(device),
-                    torch.zeros(len(lrs), num_classes, device=device),
-                )
-            )
-    return groups
+        if max(self.blocks) > max(BLOCKS):
+            raise ValueError(f"linear: features are kept of the last {max(BLOCKS)} blocks, not of {max(self.blocks)}")
+        if min(self.lrs) <= 0:
+            raise ValueError(f"linear: learning rates must be positive, got {min(self.lrs)}")
+        for name in ("batch_size", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"linear: {name} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -184,39 +129,107 @@ class LinearTask:
         """Every model can be scored."""
 
     def run(self, extractor: Extractor, data: EvalData, options: LinearOptions) -> Result:
-        """Train all heads, choose one, score it on the test images. Raises ValueError with one train image."""
-        train, test = data.features(extractor, "train"), data.features(extractor, "test")
+        """Train all heads, choose one, score it on the test images. Raises ValueError if there is no image to hold out.
+
+        With views="crops" also as `train_on_crops`.
+        """
         generator = torch.Generator().manual_seed(data.seed)
-        fit, choose = _choice_of_images(train, test, options, generator)
-        batch_size = options.batch_size or max(1, min(1024, len(fit) // 8))
-        batch_size = min(batch_size, len(fit))
-        steps = options.steps or min(12_500, max(1000, math.ceil(10 * len(fit) / batch_size)))
-        groups = make_groups(
-            train.tokens.values.shape[1] - 1,
-            extractor.embed_dim,
-            data.num_classes,
-            blocks=options.blocks,
-            lrs=options.lrs,
-            pooled=(False, True) if getattr(extractor, "has_patches", True) else (False,),
-            generator=generator,
-            device=data.device,
-        )
-        with _few_threads(batch_size * sum(g.weight.numel() for g in groups)):
-            train_heads(groups, fit, batch_size=batch_size, steps=steps, generator=generator)
-        found = accuracies(groups, choose)
+        trained = (_train_on_crops if options.views == "crops" else _train)(extractor, data, options, generator)
+        test = data.features(extractor, "test")
+        groups = trained.groups
+        found = accuracies(groups, trained.choose)
         best = max(range(len(found)), key=found.__getitem__)  # of equal ones the first: fewer blocks, lower rate
-        scores, hits = scores_of_logits(_logits(groups, best, test), test.labels, data.num_classes)
-        protocol = {
-            "name": 'linear grid on cached features of central views ("features")',
-            "inputs": [f"last {n} blocks, {pool} mean patch" for n in options.blocks for pool in ("no", "with")],
-            "lrs": list(options.lrs),
-            "batch_size": batch_size,
-            "steps": steps,
-            "select": options.select,
-            "choice": _CHOICE[options.select].format(share=options.held_out),
-        }
-        details = _details(groups, found, best, len(fit), len(choose))
-        return Result(scores, "top1", protocol, details, PerImage(data.names("test"), hits))
+        scores, hits = scores_of_logits(_logits(groups, best, test), data.answers(test.tokens.indices))
+        details = _details(groups, found, best, trained.count, len(trained.choose))
+        return Result(scores, "top1", trained.protocol, details, PerImage(data.names("test"), hits))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All heads, trained on `count` images; `choose`: what one of them is chosen on."""
+
+    groups: list[HeadGroup]
+    choose: Rows
+    count: int
+    protocol: dict[str, Any]
+
+
+def _train(extractor: Extractor, data: EvalData, options: LinearOptions, generator: torch.Generator) -> Trained:
+    """On stored features of central views."""
+    train, test = data.features(extractor, "train"), data.features(extractor, "test")
+    fit, choose = _choice_of_images(train, test, options, generator)
+    batch_size = options.batch_size or max(1, min(1024, len(fit) // 8))
+    batch_size = min(batch_size, len(fit))
+    steps = options.steps or min(STEPS, max(1000, math.ceil(10 * len(fit) / batch_size)))
+    groups = _groups(extractor, data, options, train, generator)
+    with _few_threads(batch_size * sum(g.weight.numel() for g in groups)):
+        train_heads(groups, fit, batch_size=batch_size, steps=steps, generator=generator)
+    return Trained(groups, choose, len(fit), _protocol(options, batch_size, steps))
+
+
+def _train_on_crops(
+    extractor: Extractor, data: EvalData, options: LinearOptions, generator: torch.Generator
+) -> Trained:
+    """On new random views for every step; features are stored only of what heads are chosen on and scored on."""
+    part, count = data.train, len(data.train.indices)
+    test = data.features(extractor, "test")
+    if options.select == "val":
+        shown, choose = test, _all_rows(test)
+    else:
+        held, fitted = _held_out(count, options, generator)
+        own = replace(data, train=replace(part, indices=part.indices[held], labels=part.labels[held]))
+        shown = own.features(extractor, "train")
+        data.note_unreadable("train", shown.tokens.skipped)
+        choose = _all_rows(shown)
+        part = replace(part, indices=part.indices[fitted], labels=part.labels[fitted])
+    batch_size, steps = options.batch_size or BATCH * dist.world_size(), options.steps or STEPS
+    groups = _groups(extractor, data, options, shown, generator)
+    protocol = _protocol(options, batch_size, steps)
+    train_on_crops(
+        groups,
+        extractor,
+        data,
+        part,
+        num_blocks=shown.tokens.values.shape[1] - 1,
+        batch_size=batch_size,
+        steps=steps,
+        facts={**protocol, "num_blocks": shown.tokens.values.shape[1] - 1, "size": data.transform.image_size},
+    )
+    return Trained(groups, choose, len(part.indices), protocol)
+
+
+def _groups(
+    extractor: Extractor, data: EvalData, options: LinearOptions, shown: Labelled, generator: torch.Generator
+) -> list[HeadGroup]:
+    return make_groups(
+        shown.tokens.values.shape[1] - 1,
+        extractor.embed_dim,
+        data.num_classes,
+        blocks=options.blocks,
+        lrs=options.lrs,
+        pooled=(False, True) if getattr(extractor, "has_patches", True) else (False,),
+        generator=generator,
+        device=data.device,
+    )
+
+
+_NAMES = {
+    "central": 'linear grid on cached features of central views ("features")',
+    "crops": "linear grid on features of random crops, new ones at every step",
+}
+
+
+def _protocol(options: LinearOptions, batch_size: int, steps: int) -> dict[str, Any]:
+    return {
+        "name": _NAMES[options.views],
+        "train_views": {"central": "central, as the test images", "crops": VIEW}[options.views],
+        "inputs": [f"last {n} blocks, {pool} mean patch" for n in options.blocks for pool in ("no", "with")],
+        "lrs": list(options.lrs),
+        "batch_size": batch_size,
+        "steps": steps,
+        "select": options.select,
+        "choice": _CHOICE[options.select].format(share=options.held_out),
+    }
 
 
 @contextmanager
@@ -240,21 +253,26 @@ def _choice_of_images(
     train: Labelled, test: Labelled, options: LinearOptions, generator: torch.Generator
 ) -> tuple[Rows, Rows]:
     """What heads are trained on, and what one is chosen on."""
-    features, count = train.tokens.values.flatten(1), len(train.labels)
+    if options.select == "val":
+        return _all_rows(train), _all_rows(test)
+    held, fitted = (torch.from_numpy(r) for r in _held_out(len(train.labels), options, generator))
+    features = train.tokens.values.flatten(1)
+    return Rows(features, train.labels, fitted), Rows(features, train.labels, held)
+
+
+def _all_rows(part: Labelled) -> Rows:
+    return Rows(part.tokens.values.flatten(1), part.labels, torch.arange(len(part.labels)))
+
+
+def _held_out(
+    count: int, options: LinearOptions, generator: torch.Generator
+) -> tuple[Int64[np.ndarray, " h"], Int64[np.ndarray, " f"]]:
+    """Rows that a head is chosen on, and the others; ascending, so that an array on disk is read forwards."""
     if count < 2:
         raise ValueError("a linear probe needs at least 2 train images")
-    if options.select == "val":
-        return (
-            Rows(features, train.labels, torch.arange(count)),
-            Rows(test.tokens.values.flatten(1), test.labels, torch.arange(len(test.labels))),
-        )
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator).numpy()
     held = min(count - 1, max(1, round(options.held_out * count)))
-    # Ascending, so that an array on disk is read forwards.
-    return (
-        Rows(features, train.labels, order[held:].sort().values),
-        Rows(features, train.labels, order[:held].sort().values),
-    )
+    return np.sort(order[:held]), np.sort(order[held:])
 
 
 def _logits(groups: list[HeadGroup], best: int, test: Labelled) -> Float[Tensor, "Q C"]:
