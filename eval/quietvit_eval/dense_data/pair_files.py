@@ -126,7 +126,7 @@ def read_image(path: Path, name: str, size: tuple[int, ...]) -> UInt8[np.ndarray
         raise UnreadableImage(name, error.strerror or str(error)) from error
     pixels = decode_bytes(data, name)
     if pixels.shape[:2] == size:
-        return pixels
+        return pixels if pixels.flags.writeable else pixels.copy()  # Pillow's arrays are not
     if pixels.shape[1::-1] == size and (orientation := _read_orientation(data)) >= 5:
         return _as_stored(pixels, orientation)
     height, width = pixels.shape[:2]
