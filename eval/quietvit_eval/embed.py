@@ -14,8 +14,7 @@ from quietvit.contracts import BadSample, Extractor
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_atomically
 from quietvit.weights.extractor import load
-from quietvit_eval.evaluate import identity_of
-from quietvit_eval.extract import Reading, Tokens, stream
+from quietvit_eval.extract import Reading, Tokens, identity_of, stream
 from quietvit_eval.transform import choose_transform, eval_size
 
 SUFFIXES = (".npz", ".parquet")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from quietvit.backbones import make_backbone
+from quietvit.contracts import BadSample
 from quietvit.data.decode import UnreadableImage
 from quietvit.weights.extractor import BackboneExtractor
-from quietvit_eval import extract as extract_module
 from quietvit_eval.data import choose_splits
 from quietvit_eval.extract import Reading, extract
 from quietvit_eval.transform import EvalTransform, choose_transform, eval_size
@@ -75,12 +77,26 @@ def test_rows_are_the_features_of_their_images(workers: int) -> None:
     assert torch.equal(tokens.cls, tokens.values[:, 1])
 
 
-def test_arrays_beyond_memory_live_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = extract(model(), Pictures(), range(12), WHOLE, blocks=1, reading=Reading())
-    monkeypatch.setattr(extract_module, "RAM_BYTES", 100)
-    outside = extract(model(), Pictures(), range(12), WHOLE, blocks=1, reading=Reading(scratch=tmp_path))
+def test_arrays_beyond_memory_live_in_a_file_that_is_removed(tmp_path: Path) -> None:
+    source = Pictures(broken=(5,))
+    inside = extract(model(), source, range(12), WHOLE, blocks=1, reading=Reading(memory=12 * 2 * 8 * 4))
+    outside = extract(model(), source, range(12), WHOLE, blocks=1, reading=Reading(memory=767, scratch=tmp_path))
+    assert (inside.mapped, outside.mapped) == (False, True)
     assert torch.equal(outside.values, inside.values)
+    assert torch.equal(outside.indices, inside.indices)
+    assert outside.skipped == inside.skipped == (BadSample("005.png", "cut short"),)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_images_and_tells_their_speed() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    extract(model(), Pictures(broken=(3,)), range(12), WHOLE, blocks=1, reading=Reading(5, console=console), what="pix")
+    assert "pix" in (said := console.file.getvalue())  # type: ignore[attr-defined]
+    assert "12/12" in said
+    assert "images/s" in said
+    quiet = Console(file=io.StringIO())
+    extract(model(), Pictures(), range(12), WHOLE, blocks=1, reading=Reading(5, console=quiet))
+    assert quiet.file.getvalue().strip() == ""  # type: ignore[attr-defined]
 
 
 def test_nothing_readable_is_an_error_with_the_reason() -> None:
