@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quietvit import dist
 from quietvit.files import write_atomically
+from quietvit_eval.held_signals import held_signals
 
 B = TypeVar("B")
 
@@ -91,48 +92,67 @@ def fit(
         batches_from: the batches from a step on.
         clip: greatest L2 norm of the gradient.
         state: file that keeps weights, buffers and optimizer; if it is there, training goes on from it, and a finished
-            one is taken as it is. On Ctrl-C the state is saved first.
+            one is taken as it is. On Ctrl-C and SIGTERM the step underway is finished and the state saved first; a
+            step that fails is taken back and the state saved as well.
 
     Raises ValueError if the loss is not finite, or if `state` does not fit the head.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     first = 0 if state is None else load_state(state, head, optimizer)
     losses: list[float] = []
-    step = first
+    step, between_steps = first, True
     head.train()
     with _progress(console) as progress:
         bar = progress.add_task(what, total=schedule.steps, completed=first, loss=math.nan)
         try:
             for batch in batches_from(first) if first < schedule.steps else ():
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * schedule.factor(step)
-                    if (beta1 := schedule.beta1(step)) is not None:
-                        group["betas"] = (beta1, group["betas"][1])
-                losses.append(_step(head, loss_of(batch, step), optimizer, clip, step))
-                step += 1
+                with held_signals():
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * schedule.factor(step)
+                        if (beta1 := schedule.beta1(step)) is not None:
+                            group["betas"] = (beta1, group["betas"][1])
+                    losses.append(_gradients(head, loss_of, batch, optimizer, clip, step))
+                    between_steps = False
+                    optimizer.step()
+                    step, between_steps = step + 1, True
                 progress.update(bar, completed=step, loss=losses[-1])
                 if state is not None and step % save_every == 0:
                     save_state(state, head, optimizer, step)
         finally:
-            if state is not None and step > first:
+            if state is not None and step > first and between_steps:
                 save_state(state, head, None if step >= schedule.steps else optimizer, step)
     head.eval()
     return losses
 
 
-def _step(head: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None, step: int) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ValueError(f"the loss of the head is {value} at step {step}: a smaller rate (lr) may help")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parameters = [p for p in head.parameters() if p.grad is not None]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad = dist.sum_over_ranks(parameter.grad) / dist.world_size()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+def _gradients(
+    head: nn.Module,
+    loss_of: Callable[[B, int], Tensor],
+    batch: B,
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    step: int,
+) -> float:
+    """Put the mean gradient over ranks into the head; returns the loss. If that fails, the head is as it was before:
+    its forward moves running statistics."""
+    kept = [buffer.clone() for buffer in head.buffers()]
+    try:
+        loss = loss_of(batch, step)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(f"the loss of the head is {value} at step {step}: a smaller rate (lr) may help")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for p in head.parameters() if p.grad is not None]
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = dist.sum_over_ranks(parameter.grad) / dist.world_size()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+    except BaseException:
+        for buffer, before in zip(head.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        raise
     return value
 
 
