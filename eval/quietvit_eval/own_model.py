@@ -23,7 +23,6 @@ from quietvit.contracts import Extractor
 
 NUMBERS = ("embed_dim", "num_blocks", "stride", "image_size")
 TRIPLES = ("mean", "std")
-METHODS = ("__call__", "last_blocks")
 PARTS = ("cls", "registers", "patches")
 MOST = 224  # side of the image tried (ours: enough, and quick on a CPU)
 CLOSE = 1e-3  # how far two passes over the same image may lie apart, by the largest feature (ours)
@@ -59,7 +58,8 @@ def check_extractor(extractor: Any, what: str) -> None:
     """Raises ValueError, in sentences that begin with `what`, unless it is an Extractor that works on a black image:
     features of the right shapes, finite, frozen, and the same when asked again."""
     missing = [name for name in (*NUMBERS, *TRIPLES) if not hasattr(extractor, name)]
-    missing += [f"{name}(...)" for name in METHODS if not callable(getattr(type(extractor), name, None))]
+    missing += [] if callable(extractor) else ["__call__(images)"]
+    missing += [] if callable(getattr(extractor, "last_blocks", None)) else ["last_blocks(images, num)"]
     if missing:
         raise ValueError(f"{what} gives a {type(extractor).__name__}, which lacks {', '.join(missing)}")
     for name in NUMBERS:
@@ -149,8 +149,9 @@ def _run(file: Path) -> ModuleType:
 
 
 def _told(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {error} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    where = "" if isinstance(error, SyntaxError) else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return f"{type(error).__name__}: {error}{where}"
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report, at_least
 from quietvit_launch.mistakes import message_for_user
+from quietvit_launch.stopping import exit_code
 
 EXIT_USER_ERROR = 2
-MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
+# Commands that take settings: the argument that holds them, and an example.
+SETTINGS = {"train": ("overrides", "train.steps=1000"), "eval": ("settings", "steps=500")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,23 +24,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"quietvit {metadata.version('quietvit')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
-    _add_eval(commands)
+    add_eval(commands, _eval)
+    add_protocols(commands, _protocols)
+    add_report(commands, _compare, _show)
     _add_use(commands)
     _add_info(commands)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
-    demo.add_argument("--seed", type=_at_least(0), default=0)
+    demo.add_argument("--seed", type=at_least(0), default=0)
     demo.set_defaults(run=_demo)
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,40 +51,13 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     recipes.set_defaults(run=_recipes)
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("eval", help="judge frozen features: knn, linear; or a supervised head: classifier")
-    evaluate.add_argument("tasks", help="comma-separated: knn,linear,classifier (the head that weights came with)")
-    evaluate.add_argument("--model", required=True, help=MODEL)
-    evaluate.add_argument("--data", required=True, help="labelled images: a folder, a tar, a list, or `scenes`")
-    evaluate.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
-    evaluate.add_argument("--label", default="class", help="label set to predict (default: class)")
-    evaluate.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
-    evaluate.add_argument("--train-split", default="train")
-    evaluate.add_argument("--test-split", default="val")
-    evaluate.add_argument("--limit-train", type=_at_least(1), help="use this many training images at the most")
-    evaluate.add_argument("--limit-test", type=_at_least(1), help="use this many test images at the most")
-    evaluate.add_argument("--random-init", action="store_true", help="also score the same model before training")
-    evaluate.add_argument("--pixels", action="store_true", help="also score raw pixels")
-    evaluate.add_argument(
-        "--select",
-        choices=("held_out", "val"),
-        default="held_out",
-        help="linear head chosen on a held-out part of train (default), or on the test data as in the DINOv2 paper",
-    )
-    evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--workers", type=_at_least(0), default=0)
-    evaluate.add_argument("--seed", type=_at_least(0), default=0)
-    evaluate.add_argument("--out", help="folder for the result cards (default: <model folder>/eval)")
-    evaluate.set_defaults(run=_eval)
-
-
 def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     embed = commands.add_parser("embed", help="write file names and embeddings of a folder of images")
     embed.add_argument("images", help="a folder, tar or list")
     embed.add_argument("--model", required=True, help=MODEL)
     embed.add_argument("--out", required=True, help="features.parquet or features.npz")
-    embed.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
-    embed.add_argument("--batch-size", type=_at_least(1), default=64)
+    embed.add_argument("--size", type=at_least(1), help="image side in pixels (default: the model's)")
+    embed.add_argument("--batch-size", type=at_least(1), default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
     export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
@@ -100,7 +69,7 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     info = commands.add_parser("info", help="list all backbones: parameters and multiply-adds, beside papers' figures")
     info.add_argument("--backbone", metavar="NAME", help="only this family: vit or t2t_vit (default: both)")
-    info.add_argument("--image-size", type=_at_least(1), default=224, help="image side in pixels (default: 224)")
+    info.add_argument("--image-size", type=at_least(1), default=224, help="image side in pixels (default: 224)")
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_info)
 
@@ -129,6 +98,24 @@ def _eval(args: argparse.Namespace) -> int:
     from quietvit_launch.evaluation import run_evaluation
 
     return run_evaluation(args)
+
+
+def _protocols(args: argparse.Namespace) -> int:
+    from quietvit_launch.reporting import run_protocols
+
+    return run_protocols(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from quietvit_launch.reporting import run_compare
+
+    return run_compare(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from quietvit_launch.reporting import run_show
+
+    return run_show(args)
 
 
 def _embed(args: argparse.Namespace) -> int:
@@ -165,17 +152,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
-    if args.command == "train" and not any(word.startswith("-") for word in rest):
-        args.overrides = [*args.overrides, *rest]
+    if args.command in SETTINGS and not any(word.startswith("-") for word in rest):
+        name, _ = SETTINGS[args.command]
+        setattr(args, name, [*getattr(args, name), *rest])
     elif rest:
-        hint = ": settings are written key=value, e.g. train.steps=1000" if args.command == "train" else ""
+        hint = f": settings are written key=value, e.g. {SETTINGS[args.command][1]}" if args.command in SETTINGS else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except KeyboardInterrupt:
-        print("quietvit: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        resume = "; the same command goes on from what was saved" if args.command == "eval" else ""
+        print(f"quietvit: interrupted{resume}", file=sys.stderr)
+        return exit_code(stop)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = message_for_user(error)
         if message is None:

@@ -29,11 +29,12 @@ def message_for_user(error: BaseException) -> str | None:
         return (
             f"out of memory: {(text or 'the system has no more').splitlines()[0]}\n"
             "Training: lower train.batch_size, or raise train.accumulate (same batch, less memory). "
-            "Evaluation and embedding: a smaller --size"
+            "Evaluation and embedding: a smaller --batch-size or --size; of eval also a smaller --memory"
         )
     if text.startswith("DataLoader worker (pid"):
         return (
-            f"{text.splitlines()[0]}\nWith data.workers=0 the images are read without workers (slower). "
+            f"{text.splitlines()[0]}\nWith data.workers=0 (of train) or --workers 0 (of eval) the images are read "
+            "without workers (slower). "
             "In a container the cause is most often too little shared memory (docker run --shm-size=8g)"
         )
     return text if _raised_by_us(error) else _from_worker(text)

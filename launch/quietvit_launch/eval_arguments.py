@@ -1,0 +1,145 @@
+"""The arguments of `eval`, `report` and `protocols`. Only the standard library is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
+EVAL_EXAMPLES = """examples:
+  quietvit eval knn,linear --model runs/photos --data ~/labelled --random-init --pixels
+  quietvit eval dinov2-imagenet-linear --model dinov2_vits14_reg4_pretrain.pth --data /data/imagenet --bf16
+  quietvit eval knn --model runs/photos --data /data/imagenet --test-data /data/imagenetv2 --class-map index
+  quietvit eval dinov2-ade20k-linear --model runs/photos --data /data/ADEChallengeData2016
+  quietvit eval segmentation steps=500 crop=128 short_side=128 --model runs/photos --data ~/masks --kind folders \\
+    --data-option num_classes=11 --data-option ignore=11
+  quietvit eval depth eval_crop=none --model runs/photos --data ~/rgbd --kind folders --data-option scale=1000
+  quietvit eval knn --model my_model.py:make --data ~/labelled
+  torchrun --nproc-per-node 8 -m quietvit_launch.cli eval linear views=crops --model runs/photos --data /data/imagenet
+The same command resumes an interrupted evaluation. Protocols: `quietvit protocols`.
+"""
+REPORT_EXAMPLES = """examples:
+  quietvit report compare runs/a runs/b
+  quietvit report compare runs/a/eval/knn_class_model_1a2b3c4d.json runs/b/eval/knn_class_model_5e6f7a8b.json
+  quietvit report compare runs/a --against random-init
+"""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least`."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A type for argparse: numbers above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def add_eval(commands: Commands, run: Callable[[argparse.Namespace], int]) -> None:
+    """`quietvit eval`."""
+    parser = commands.add_parser(
+        "eval",
+        help="judge frozen features: classes of images or of pixels, depth; or follow a published protocol",
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "tasks",
+        help="a protocol (see `quietvit protocols`), or tasks joined by commas: knn, linear, logistic, finetune, "
+        "classifier (the head that weights came with); segmentation, segmentation-patches; depth",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="options of the task; of several tasks, task.key=value"
+    )
+    parser.add_argument("--model", required=True, help=f"{MODEL}, or file.py:name, an Extractor of your own")
+    _add_data(parser)
+    parser.add_argument("--size", type=at_least(1), help="image side in pixels (default: the task's rule)")
+    parser.add_argument("--limit-train", type=at_least(1), help="use this many training images at the most")
+    parser.add_argument("--limit-test", type=at_least(1), help="use this many test images at the most")
+    parser.add_argument("--random-init", action="store_true", help="also score the same model before training")
+    parser.add_argument("--pixels", action="store_true", help="also score raw pixels (knn, linear)")
+    parser.add_argument(
+        "--select",
+        choices=("held_out", "val"),
+        help="short for linear.select: the head chosen on a held-out part of train (default), or on the test data as "
+        "in the DINOv2 paper",
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16 on CUDA")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images at a time (default: 64)")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images (default: 0)")
+    parser.add_argument("--cache", metavar="FOLDER", help="where features of labelled images are kept")
+    parser.add_argument("--memory", type=above_zero, metavar="GB", help="memory for features; more of them on disk")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--out", help="folder for the result cards (default: <model folder>/eval)")
+    parser.set_defaults(run=run)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="a folder, a tar, a list, or `scenes`")
+    parser.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
+    parser.add_argument(
+        "--data-option",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="what a layout asks for, e.g. num_classes=11; may be repeated",
+    )
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--test-split", help="default: val; of --test-data: val if it has that, else all of it")
+    parser.add_argument("--test-data", metavar="PATH", help="where the test images lie, if not in --data")
+    parser.add_argument("--test-kind", metavar="KIND", help="layout of --test-data (default: that of --kind)")
+    parser.add_argument("--label", default="class", help="label set to predict (default: class)")
+    parser.add_argument(
+        "--class-map", metavar="FILE", help="which train class each test class is; `index`: folders named by number"
+    )
+    parser.add_argument("--real-labels", metavar="FILE", help="ReaL's real.json, for ImageNet's validation images")
+
+
+def add_report(
+    commands: Commands, compare: Callable[[argparse.Namespace], int], show: Callable[[argparse.Namespace], int]
+) -> None:
+    """`quietvit report compare` and `quietvit report show`."""
+    report = commands.add_parser("report", help="compare result cards, or show them as tables")
+    actions = report.add_subparsers(dest="action", required=True, metavar="ACTION")
+    comparing = actions.add_parser(
+        "compare",
+        help="two models: differences of their scores with 95 %% intervals; unlike protocols are refused",
+        epilog=REPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comparing.add_argument("a", metavar="A", help="a card, a folder of cards or a run folder")
+    comparing.add_argument(
+        "b", metavar="B", nargs="?", help="likewise; each card of A is compared with its counterpart"
+    )
+    comparing.add_argument("--against", metavar="CONTROL", help="instead of B: A's models against its own control")
+    comparing.add_argument("--draws", type=at_least(1), default=1000, help="of the bootstrap (default: 1000)")
+    comparing.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (default: 0)")
+    comparing.add_argument("--format", choices=("table", "json"), default="table")
+    comparing.set_defaults(run=compare)
+    showing = actions.add_parser("show", help="print cards, each protocol in a table of its own")
+    showing.add_argument("paths", nargs="+", metavar="PATH", help="cards, folders of cards or run folders")
+    showing.add_argument("--format", choices=("table", "json"), default="table")
+    showing.set_defaults(run=show)
+
+
+def add_protocols(commands: Commands, run: Callable[[argparse.Namespace], int]) -> None:
+    """`quietvit protocols`."""
+    parser = commands.add_parser("protocols", help="list the evaluation protocols, or print one with all its settings")
+    parser.add_argument("name", nargs="?")
+    parser.set_defaults(run=run)
