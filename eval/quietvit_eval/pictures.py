@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -111,9 +111,12 @@ def segmentation_picture(
 
 
 def picture_path(folder: Path, task: str, facts: Sequence[Any], name: str) -> Path:
-    """`<folder>/pictures/<task>_<hash of facts and name>_<name>.png`; of long names the end, and no separators."""
+    """`<folder>/pictures/<task>_<hash of facts and name>_<name>.png`, the name without its ending or separators.
+
+    Of long names the end.
+    """
     own = hashlib.sha256(repr([*facts, name]).encode()).hexdigest()[:8]
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[-80:]
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in str(PurePosixPath(name).with_suffix("")))[-80:]
     return folder / "pictures" / f"{task}_{own}_{plain}.png"
 
 

@@ -29,21 +29,29 @@ def score(
     """
     names = data.test.source.class_names
     shown = set(spread(len(data.test), pictures))
-    found: dict[int, tuple[str, np.ndarray]] = {}
+    found: dict[int, tuple[str, np.ndarray, str | None]] = {}
     for pair in data.pairs("test", task):
         predicted = classify(pair.image)
-        found[pair.row] = pair.name, np.stack(count_pixels(predicted, pair.target, len(names)))
+        counted = np.stack(count_pixels(predicted, pair.target, len(names)))
+        drawn = None
         if data.folder is not None and pair.row in shown:
             facts = [data.model_hash, data.seed, data.test.source.fingerprint(), protocol]
-            picture = segmentation_picture(pair.image, pair.target, predicted, names)
-            write_png(picture_path(data.folder, task, facts, pair.name), picture)
+            path = picture_path(data.folder, task, facts, pair.name)
+            write_png(path, segmentation_picture(pair.image, pair.target, predicted, names))
+            drawn = path.relative_to(data.folder).as_posix()
+        found[pair.row] = pair.name, counted, drawn
     rows = data.merged(found).values()
-    counts = dict(zip(COUNTS, np.stack([c for _, c in rows], axis=1), strict=True))
+    counts = dict(zip(COUNTS, np.stack([c for _, c, _ in rows], axis=1), strict=True))
     sums = [counts[name].sum(axis=0) for name in COUNTS]
     if not sums[2].sum():
         raise ValueError(f"no pixel of {data.test.source.name} has a class: there is nothing to score")
-    per_image = PerImage([name for name, _ in rows], counts, "iou")
-    return Result(scores_of_counts(*sums), MAIN, protocol, {**details, "classes": _table(names, *sums)}, per_image)
+    per_image = PerImage([name for name, _, _ in rows], counts, "iou")
+    details = {
+        **details,
+        "classes": _table(names, *sums),
+        "pictures": [drawn for _, _, drawn in rows if drawn is not None],
+    }
+    return Result(scores_of_counts(*sums), MAIN, protocol, details, per_image)
 
 
 def spread(count: int, wanted: int) -> list[int]:
