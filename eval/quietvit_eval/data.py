@@ -220,6 +220,8 @@ def _real(
     accepted = np.full((len(labels), found.shape[1]), -1, np.int64)
     accepted[rows] = found
     none = (found < 0).all(axis=1)
+    if none.all():
+        raise ValueError(f"ReaL has no label for any of the {len(rows)} images of {test.name}")
     labels = labels.copy()
     labels[rows[none]] = -1
     return labels, accepted, int(none.sum())

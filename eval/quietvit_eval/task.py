@@ -13,6 +13,7 @@ from quietvit_eval.depth.task import DepthTask
 from quietvit_eval.finetune import FinetuneTask
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
+from quietvit_eval.logistic import LogisticTask
 from quietvit_eval.result import Result
 from quietvit_eval.segmentation.linear import SegmentationTask
 from quietvit_eval.segmentation.patches import SegmentationPatchesTask
@@ -60,6 +61,7 @@ class LabelTask(Task, Protocol):
 LABEL_TASKS: Mapping[str, LabelTask] = {
     "knn": KnnTask(),
     "linear": LinearTask(),
+    "logistic": LogisticTask(),
     "finetune": FinetuneTask(),
     "classifier": ClassifierTask(),
 }
