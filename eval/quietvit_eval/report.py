@@ -40,6 +40,7 @@ UNITS: Mapping[str, Unit] = {
     "log10": Unit(1, "", 4),
     "silog": Unit(1, "", 2),
 }
+MOST_COLUMNS = 6  # scores side by side (ours: more do not fit a terminal)
 CAPTIONS: Mapping[str, str] = {
     "knn": "top1@k: test images whose class the k nearest train images vote for",
     "linear": "top1: test images whose class comes first in a linear head on frozen features",
@@ -103,15 +104,24 @@ def print_comparisons(found: Sequence[Comparison], console: Console) -> None:
 
 
 def _table(cards: Sequence[Card]) -> Table:
+    """A line per model, or with many scores a line per score."""
     first = cards[0]
-    table = Table(title=_title(first), caption=_caption(first), title_justify="left", caption_justify="left")
-    table.add_column("model", overflow="fold")
     names = [first.main, *(name for name in first.scores if name != first.main)]
-    for name in names:
-        table.add_column(_header(name) + (" (headline)" if name == first.main else ""), justify="right")
-    table.add_column("unreadable", justify="right")
-    for card in sorted(cards, key=_rank):
-        table.add_row(model_name(card), *(_cell(card, name) for name in names), str(_skipped(card)))
+    heads = [_header(name) + (" (headline)" if name == first.main else "") for name in names]
+    lines = [
+        ["model", *heads, "unreadable"],
+        *(
+            [model_name(card), *(_cell(card, name) for name in names), str(_skipped(card))]
+            for card in sorted(cards, key=_rank)
+        ),
+    ]
+    if len(names) > MOST_COLUMNS:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    table = Table(title=_title(first), caption=_caption(first), title_justify="left", caption_justify="left")
+    for i, head in enumerate(lines[0]):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 

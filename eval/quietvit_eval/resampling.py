@@ -42,8 +42,10 @@ def rescored(per_image: PerImage, main: str, weights: Int64[np.ndarray, " M"]) -
         return float(weights @ per_image.values[main] / weights.sum())
     from quietvit_eval.segmentation.metrics import scores_of_counts
 
-    sums = {name: weights @ counts.astype(np.int64) for name, counts in per_image.values.items()}
-    return scores_of_counts(sums["intersection"], sums["predicted"], sums["target"])[main]
+    # Products of floats are quick, and exact up to 2^53 pixels.
+    sums = {name: weights.astype(np.float64) @ counts.astype(np.float64) for name, counts in per_image.values.items()}
+    whole = {name: np.rint(values).astype(np.int64) for name, values in sums.items()}
+    return scores_of_counts(whole["intersection"], whole["predicted"], whole["target"])[main]
 
 
 def bootstrap(per_image: PerImage, main: str, *, seed: int = 0, num: int = DRAWS) -> Float64[np.ndarray, " num"]:

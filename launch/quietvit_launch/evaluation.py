@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from quietvit_launch.reporting import wide_console
 from quietvit_launch.stopping import sigterm_stops
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def run_evaluation(args: argparse.Namespace) -> int:
     # What is left out here has evaluate's own default.
     given = {"feature_cache": args.cache, "memory_gb": args.memory}
     with sigterm_stops(), ranks(args.device) as device:
-        console = Console() if dist.rank() == 0 else None
+        console = wide_console() if dist.rank() == 0 else None
         cards = evaluate(
             place if own is None else load_own(own, device),
             plan.tasks,

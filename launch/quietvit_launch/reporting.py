@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-WIDTH = 110  # columns that the tables need; lines that are too long are the terminal's to break
+WIDTH = 110  # columns of a file or a pipe
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run_compare(args: argparse.Namespace) -> int:
         tree = {"comparisons": [asdict(c) for c in found], "refused": couples.refused}
         print(json.dumps(tree, indent=2))
         return 0
-    console = _console()
+    console = wide_console()
     print_comparisons(found, console)
     for text in couples.refused:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -45,7 +45,7 @@ def run_show(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(json.dumps({str(path): asdict(card) for path, card in found.items()}, indent=2))
         return 0
-    print_cards(list(found.values()), _console())
+    print_cards(list(found.values()), wide_console())
     return 0
 
 
@@ -61,5 +61,7 @@ def run_protocols(args: argparse.Namespace) -> int:
     return 0
 
 
-def _console() -> Console:
-    return Console(width=max(Console().width, WIDTH))
+def wide_console() -> Console:
+    """A terminal as it is; a file or a pipe wide enough for tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDTH))

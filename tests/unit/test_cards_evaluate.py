@@ -19,7 +19,7 @@ from quietvit.config.schema import ModelConfig, RunConfig
 from quietvit.data.decode import UnreadableImage
 from quietvit.weights import load, random_like, save_teacher
 from quietvit.weights.native import weights_hash
-from quietvit_eval.cards import Card, read_card, write_card
+from quietvit_eval.cards import Card, card_name, find_cards, read_card, write_card
 from quietvit_eval.evaluate import DataSpec, evaluate
 from quietvit_eval.pixels import PixelExtractor
 from quietvit_eval.report import print_cards
@@ -192,3 +192,60 @@ def test_the_random_control_of_a_real_run_is_the_start_of_that_run(tmp_path: Pat
     start = build_method(config).student["backbone"]
     save_teacher(tmp_path, start, mean=(0.5,) * 3, std=(0.2,) * 3, image_size=32, provenance={"seed": 4})
     assert weights_hash(random_like(load(tmp_path, device="cpu")).backbone) == weights_hash(start)
+
+
+# ---- tables
+
+
+def told_of(*cards: Card, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_cards(cards, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_errors_are_in_their_units_and_the_lowest_comes_first(run: Path) -> None:
+    (card,) = evaluate(run, ["knn"], SOURCES)
+    scores = {"rmse": 0.3456, "abs_rel": 0.1234, "d1": 0.875, "log10": 0.04321}
+    far = replace(
+        card, task="depth", main="rmse", higher_is_better=False, scores=scores, standard_error=0.0123, num_classes=0,
+        label="metres", protocol={"name": "head"}, model={"hash": "f" * 12, "path": "far"},
+    )  # fmt: skip
+    near = replace(far, scores=scores | {"rmse": 0.25}, model={"hash": "e" * 12, "path": "near"})
+    unknown = replace(far, scores=scores | {"rmse": float("nan")}, model={"hash": None, "class": "Own"})
+    text = told_of(unknown, far, near)
+    lines = [line for line in text.splitlines() if "│" in line]
+    assert [next(n for n in ("near", "far", "Own") if n in line) for line in lines] == ["near", "far", "Own"]
+    for part in ("rmse, m (headline)", "abs_rel", "d1, %", "0.346 ± 0.012", "0.123", "87.5", "0.0432", "lower is bett"):
+        assert part in text
+    assert "classes)" not in text.splitlines()[0]
+
+
+def test_many_scores_are_lines_not_columns(run: Path) -> None:
+    (card,) = evaluate(run, ["knn"], SOURCES)
+    many = replace(card, scores={**card.scores, **{f"top1@{k}/few": 0.5 for k in range(8)}})
+    text = told_of(many, width=80)
+    assert all(f"top1@{k}/few, %" in text for k in range(8))
+    assert "…" not in text
+
+
+def test_a_folder_s_cards_are_found_and_broken_ones_told(run: Path, tmp_path: Path) -> None:
+    (card,) = evaluate(run, ["knn"], SOURCES)
+    in_run, beside = write_card(card, tmp_path / "eval"), write_card(replace(card, seed=3), tmp_path)
+    (tmp_path / "summary.json").write_text('{"format": 3}')
+    assert find_cards(tmp_path) == {beside: read_card(beside), in_run: read_card(in_run)}
+    assert find_cards(in_run) == {in_run: card}
+    old = json.loads(in_run.read_text())
+    in_run.write_text(json.dumps(old | {"format": "quietvit-card-1"}))
+    with pytest.raises(ValueError, match="it is of the format 'quietvit-card-1'; evaluate the model again"):
+        find_cards(tmp_path)
+    del old["main"]
+    in_run.write_text(json.dumps(old | {"more": 1}))
+    with pytest.raises(ValueError, match=r"broken result card: main \(missing\), more \(unknown\)"):
+        find_cards(tmp_path)
+
+
+def test_cards_of_another_precision_or_own_model_have_their_own_file(run: Path) -> None:
+    (card,) = evaluate(run, ["knn"], SOURCES)
+    others = [card.model | {"precision": "bf16"}, {"hash": None, "class": "A"}, {"hash": None, "class": "B"}]
+    assert len({card_name(c) for c in (card, *(replace(card, model=m) for m in others))}) == 4
