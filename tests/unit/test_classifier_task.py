@@ -132,6 +132,19 @@ def test_few_classes_have_no_top5() -> None:
     assert card.scores.keys() == {"top1", "mean_per_class"}
 
 
+def test_a_test_set_of_fewer_classes_is_answered_with_these_alone() -> None:
+    model, test = extractor(), Tinted("val", 6)
+    (card,) = evaluate(model, ["classifier"], (Tinted("train"), test))
+    answers = [(label, row) for label in range(6) for row in model.logits(images(test, label))]
+    right = [int(row[:6].argmax()) == label for label, row in answers]
+    assert card.scores["top1"] == pytest.approx(sum(right) / 36)
+    assert sum(right) > sum(int(row.argmax()) == label for label, row in answers)
+    assert card.scores["top5"] == pytest.approx(
+        sum(label in row[:6].topk(5).indices.tolist() for label, row in answers) / 36
+    )
+    assert card.protocol["candidates"] == "6 of 8 classes, those of the test set"
+
+
 @pytest.mark.parametrize(
     ("num_classes", "arguments", "message"),
     [
