@@ -40,7 +40,7 @@ UNITS: Mapping[str, Unit] = {
     "log10": Unit(1, "", 4),
     "silog": Unit(1, "", 2),
 }
-MOST_COLUMNS = 6  # scores side by side (ours: more do not fit a terminal)
+MOST_COLUMNS = 5  # scores side by side (ours: more do not fit a terminal)
 CAPTIONS: Mapping[str, str] = {
     "knn": "top1@k: test images whose class the k nearest train images vote for",
     "linear": "top1: test images whose class comes first in a linear head on frozen features",
