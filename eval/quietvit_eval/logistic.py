@@ -2,8 +2,9 @@
 
 Minimises |w|^2 / 2 + C times the sum over images of the cross-entropy, the biases free, in float64 by scikit-learn's
 L-BFGS on the CPU. With two classes that is the logistic function of one w, as there. Features are not normalised to
-unit length. They are centred and divided by one common scale, and C times the square of that scale: the same minimum,
-found in a tenth of the iterations.
+unit length. They are centred and divided by one common scale, and C is multiplied by its square: the same minimum, with
+a `tol` that means the same for every model. Where C is large and classes can be separated, the slope falls below `tol`
+long before the minimum: such fits count as converged, and resemble those of a smaller C.
 
 A fit holds the train features in float64 and each iteration reads them all: for a million images and a thousand classes
 that is hours for each C, so use `per_class`.
@@ -46,8 +47,9 @@ class LogisticOptions:
     per_class: int | None = None  # few-shot: so many train images of each class; None: all
     tries: int = 3  # of few-shot, drawn with the seeds 0, 1, ... (ours)
     max_iter: int = 1000  # DINOv2
-    # scikit-learn: greatest slope of the mean loss. DINOv2 has 1e-12, which for most C means 1000 iterations; there the
-    # held-out accuracy differed by less than its own error.
+    # Greatest slope of the mean loss at which a search ends; scikit-learn. DINOv2 has 1e-12. On 1,500 drawn features of
+    # 10 classes the whole grid took 1,900 iterations instead of 22,000 with 1e-6, and the best C scored 81.4 % and
+    # 81.6 % of 500 test images; the curves part by up to 2 points where C is large.
     tol: float = 1e-4
 
     def __post_init__(self) -> None:
