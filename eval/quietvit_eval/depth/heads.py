@@ -24,7 +24,7 @@ def expected_depth(
     if logits.shape[1] == 1:
         return F.relu(logits[:, 0]) + min_depth
     mass = F.relu(logits) + BIN_FLOOR
-    depths = torch.linspace(min_depth, max_depth, logits.shape[1], device=logits.device)
+    depths = torch.linspace(min_depth, max_depth, logits.shape[1], device=logits.device, dtype=logits.dtype)
     return torch.einsum("bchw,c->bhw", mass, depths) / mass.sum(dim=1)
 
 

@@ -15,6 +15,7 @@ CHOICES = {
     "decay": ("cosine", "poly", "one_cycle", "none"),
     "eval_crop": ("eigen", "garg", "none"),
 }
+FLAGS = ("norm", "with_cls", "batch_norm", "flip", "color", "color_quirk", "flip_test", "align", "keep_padding")
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,14 @@ class DepthOptions:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"depth: {name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"depth: {name} is true or false, not {getattr(self, name)!r}")
         for name in ("layers", "upsample", "batch_size", "steps"):
             _need(self, name, int, lambda v: v >= 1, "a whole number from 1")
         for name in ("warmup_steps", "sig_warmup", "pictures"):
             _need(self, name, int, lambda v: v >= 0, "a whole number from 0")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "min_depth", "max_depth"):
             _need(self, name, (int, float), lambda v: 0 < v < float("inf"), "a number above 0")
         for name in ("weight_decay", "gradient_weight", "rotate"):
             _need(self, name, (int, float), lambda v: 0 <= v < float("inf"), "a number from 0")
@@ -78,12 +82,18 @@ class DepthOptions:
             _need(self, name, (int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1")
         _need(self, "bins", int, lambda v: v == 0 or v >= 2, "0 (regression) or a whole number from 2")
         _need(self, "crop", tuple, lambda v: _whole(v, 2) and min(v) >= 1, "two whole numbers, rows and columns")
-        _need(self, "betas", tuple, lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+        _need(
+            self,
+            "betas",
+            tuple,
+            lambda v: len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v),
+            "two numbers in [0, 1)",
+        )
         if self.resize is not None:
             _need(self, "resize", int, lambda v: v >= 1, "a whole number of pixels")
         if self.layer_indices is not None:
             _need(self, "layer_indices", tuple, lambda v: _whole(v) and len(v) > 0, "a list of block numbers")
-        if not 0 < self.min_depth < self.max_depth < float("inf"):
+        if self.min_depth >= self.max_depth:
             raise ValueError(f"depth: needs 0 < min_depth < max_depth, not {self.min_depth} and {self.max_depth}")
         if self.head == "dpt" and (self.num_blocks != DPT_BLOCKS or not self.with_cls):
             raise ValueError("depth: a DPT head reads 4 blocks with their [CLS]: set layers=4 and with_cls=true")
