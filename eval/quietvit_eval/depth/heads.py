@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from quietvit import dist
 from quietvit_eval.depth.options import DepthOptions
+from quietvit_eval.segmentation.head import FrozenInputBatchNorm
 
 BIN_FLOOR = 0.1  # every bin's share before it is normalised, DINOv2
 INIT_STD = 0.01  # of the linear head's weights, DINOv2 and DINOv3
@@ -28,26 +28,6 @@ def expected_depth(
     return torch.einsum("bchw,c->bhw", mass, depths) / mass.sum(dim=1)
 
 
-class InputNorm(nn.BatchNorm2d):
-    """Batch normalisation of frozen features, its statistics over all ranks; they need no gradient."""
-
-    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        if not self.training:
-            return super().forward(x)
-        with torch.no_grad():
-            values = x.transpose(0, 1).flatten(1).double()
-            count = dist.sum_over_ranks(torch.tensor(float(values.shape[1]), device=x.device, dtype=torch.float64))
-            mean = dist.sum_over_ranks(values.sum(dim=1)) / count
-            var = dist.sum_over_ranks((values - mean[:, None]).square().sum(dim=1)) / count
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.float(), self.momentum or 0.1)
-            self.running_var.lerp_((var * count / (count - 1).clamp_min(1)).float(), self.momentum or 0.1)
-        return F.batch_norm(x, mean.float(), var.float(), self.weight, self.bias, False, 0.0, self.eps)
-
-
 class LinearHead(nn.Module):
     """One linear map of the features of each patch to logits of bins, which are then interpolated.
 
@@ -58,7 +38,7 @@ class LinearHead(nn.Module):
     def __init__(self, channels: int, options: DepthOptions) -> None:
         super().__init__()
         self.options = options
-        self.norm = InputNorm(channels) if options.batch_norm else nn.Identity()
+        self.norm = FrozenInputBatchNorm(channels) if options.batch_norm else nn.Identity()
         self.conv = nn.Conv2d(channels, options.bins or 1, 1)
         nn.init.normal_(self.conv.weight, std=INIT_STD)
         nn.init.constant_(self.conv.bias, 0.0 if options.bins else middle(options))  # type: ignore[arg-type]
