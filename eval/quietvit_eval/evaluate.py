@@ -113,51 +113,84 @@ def evaluate(
     Raises ValueError for an unknown task, option or label set, or data or a model that a task cannot score; as
     `quietvit.load` for the model. OSError if the disk has no room for the features.
     """
-    if not (0 <= memory_gb < math.inf and 0 <= feature_cache_gb < math.inf):
-        raise ValueError(
-            f"memory_gb and feature_cache_gb are numbers of GiB from 0 on, not {memory_gb} and {feature_cache_gb}"
-        )
     settings = _settings(tasks, options or {})
-    target = _target_of(settings)
-    if target != LABELS and (class_map is not None or real_labels is not None):
-        raise ValueError("class maps and ReaL's labels are for tasks on labelled images")
-    if pixels and not set(settings) <= PIXEL_CONTROLS:
-        raise ValueError(f"raw pixels are a control of {', '.join(sorted(PIXEL_CONTROLS))} only")
+    target = _target_of(settings, labels_only=class_map is not None or real_labels is not None, pixels=pixels)
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     sources = data_spec.open(target) if isinstance(data_spec, DataSpec) else data_spec
-    folder = None if out_dir is None else Path(out_dir)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    if out_dir is not None:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
     store = _store(feature_cache, feature_cache_gb) if target == LABELS else None
-    reading = Reading(batch_size, workers, console, folder, int(memory_gb * GIB), store)
-    on = Common(reading, seed, _task_device(extractor), folder)
+    memory = _bytes(memory_gb, "memory_gb")
+    reading = Reading(batch_size, workers, console, None if out_dir is None else Path(out_dir), memory, store)
+    limits = (limit_train, limit_test)
     data: EvalData | PairData
     if target == LABELS:
-        train, test, names = choose_splits(
-            *_expect(sources, Source),
-            label=label,
-            limit_train=limit_train,
-            limit_test=limit_test,
-            seed=seed,
-            class_map=class_map,
-            real_labels=None if real_labels is None else Path(real_labels),
-        )
-        transform = choose_transform(train.source, eval_size(extractor, image_size))
-        blocks = max(LABEL_TASKS[name].blocks for name in settings)
-        data = EvalData(train, test, label, names, transform, blocks, on.reading, seed, on.device, folder=folder)
-        pixel_size = transform.image_size
+        maps = (class_map, None if real_labels is None else Path(real_labels))
+        data = _label_data(sources, extractor, settings, reading, label, image_size, limits, seed, maps)
     else:
-        first, second = _expect(sources, PairSource)
-        pairs = (choose_pairs(first, limit_train, seed), choose_pairs(second, limit_test, seed + 1))
-        data = PairData(*pairs, image_size, on.reading, seed, on.device, None, folder)
-        pixel_size = 0
+        data = _pair_data(sources, extractor, reading, image_size, limits, seed)
     for name, chosen in settings.items():
         find_task(name).check(extractor, data.num_classes, chosen)
-    cards = []
-    for subject, candidate in _subjects(extractor, random_init, pixels, pixel_size):
+    subjects = _subjects(extractor, random_init, data if pixels else None)
+    return _all_cards(subjects, str(model) if isinstance(model, str | Path) else None, data, settings)
+
+
+PIXEL_CONTROLS = {"knn", "linear"}
+
+
+def _label_data(
+    sources: tuple[Any, Any],
+    extractor: Extractor,
+    settings: Mapping[str, Any],
+    reading: Reading,
+    label: str,
+    image_size: int | None,
+    limits: tuple[int | None, int | None],
+    seed: int,
+    maps: tuple[str | Path | None, Path | None],
+) -> EvalData:
+    _expect(sources, Source)
+    train, test, names = choose_splits(
+        *sources,
+        label=label,
+        limit_train=limits[0],
+        limit_test=limits[1],
+        seed=seed,
+        class_map=maps[0],
+        real_labels=maps[1],
+    )
+    transform = choose_transform(train.source, eval_size(extractor, image_size))
+    blocks = max(LABEL_TASKS[name].blocks for name in settings)
+    return EvalData(
+        train, test, label, names, transform, blocks, reading, seed, _task_device(extractor), folder=reading.scratch
+    )
+
+
+def _pair_data(
+    sources: tuple[Any, Any],
+    extractor: Extractor,
+    reading: Reading,
+    image_size: int | None,
+    limits: tuple[int | None, int | None],
+    seed: int,
+) -> PairData:
+    _expect(sources, PairSource)
+    train, test = (choose_pairs(s, limit, seed + i) for i, (s, limit) in enumerate(zip(sources, limits, strict=True)))
+    return PairData(train, test, image_size, reading, seed, _task_device(extractor), None, reading.scratch)
+
+
+def _all_cards(
+    subjects: Iterator[tuple[str, Extractor]],
+    path: str | None,
+    data: EvalData | PairData,
+    settings: Mapping[str, Any],
+) -> list[Card]:
+    """Cards of all subjects, written and printed by the first rank. `path`: of the model, if it came from one."""
+    cards, folder, console = [], data.reading.scratch, data.reading.console
+    for subject, candidate in subjects:
         identity = identity_of(candidate)
-        if subject == "model" and isinstance(model, str | Path):
-            identity |= {"path": str(model)}
+        if subject == "model" and path is not None:
+            identity |= {"path": path}
         for card, result in _score(subject, candidate, identity, data.fresh(identity["hash"]), settings):
             cards.append(card)
             if folder is not None and dist.rank() == 0:
@@ -167,39 +200,38 @@ def evaluate(
     return cards
 
 
-PIXEL_CONTROLS = {"knn", "linear"}
-
-
-@dataclass(frozen=True)
-class Common:
-    """What data of every kind is given."""
-
-    reading: Reading
-    seed: int
-    device: torch.device
-    folder: Path | None
+def _bytes(gib: float, name: str) -> int:
+    if not 0 <= gib < math.inf:
+        raise ValueError(f"{name} is a number of GiB from 0 on, not {gib}")
+    return int(gib * GIB)
 
 
 def _store(folder: str | Path | None, gib: float) -> FeatureStore | None:
-    if gib == 0:
+    size = _bytes(gib, "feature_cache_gb")
+    if size == 0:
         return None
     where = cache_folder() / "features" if folder is None else Path(folder).expanduser()
-    return open_store(where, int(gib * GIB), asked_for=folder is not None)
+    return open_store(where, size, asked_for=folder is not None)
 
 
-def _target_of(settings: Mapping[str, Any]) -> str:
+def _target_of(settings: Mapping[str, Any], *, labels_only: bool, pixels: bool) -> str:
+    """What all tasks predict. Raises ValueError if it is not the same, or cannot go with what else was asked for."""
     targets = {find_task(name).target: name for name in settings}
     if len(targets) > 1:
         said = " and ".join(f"{name} needs {target}" for target, name in targets.items())
         raise ValueError(f"one command scores tasks of one kind, but {said}: run them one after the other")
-    return next(iter(targets))
+    target = next(iter(targets))
+    if labels_only and target != LABELS:
+        raise ValueError("class maps and ReaL's labels are for tasks on labelled images")
+    if pixels and not set(settings) <= PIXEL_CONTROLS:
+        raise ValueError(f"raw pixels are a control of {', '.join(sorted(PIXEL_CONTROLS))} only")
+    return target
 
 
-def _expect(sources: Any, kind: Any) -> Any:
+def _expect(sources: tuple[Any, Any], kind: Any) -> None:
     for source in sources:
         if not isinstance(source, kind):
             raise ValueError(f"{getattr(source, 'name', source)!r} is no {kind.__name__}: it cannot serve these tasks")
-    return sources
 
 
 def _task_device(extractor: Extractor) -> torch.device:
@@ -217,15 +249,15 @@ def _settings(tasks: Sequence[str], options: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _subjects(
-    extractor: Extractor, random_init: bool, pixels: bool, image_size: int
+    extractor: Extractor, random_init: bool, pixels: EvalData | PairData | None
 ) -> Iterator[tuple[str, Extractor]]:
     if random_init and not isinstance(extractor, BackboneExtractor):
         raise ValueError("the random-init control needs a model whose architecture quietvit can rebuild")
     yield "model", extractor
     if random_init and isinstance(extractor, BackboneExtractor):
         yield "random-init", random_like(extractor)
-    if pixels:
-        yield "pixels", PixelExtractor(extractor, image_size)
+    if isinstance(pixels, EvalData):
+        yield "pixels", PixelExtractor(extractor, pixels.transform.image_size)
 
 
 def _score(
