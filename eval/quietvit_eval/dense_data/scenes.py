@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Float32, Int16, UInt8
 
@@ -53,8 +55,7 @@ class SceneMasks:
         return self.scenes.item_name(index)
 
     def fingerprint(self) -> str:
-        own = self.scenes.fingerprint()
-        return f"{own}-{self.category}" if self.category == OF_SURROUNDINGS else own
+        return hashlib.sha256(f"{self.scenes.fingerprint()} {self.category}".encode()).hexdigest()[:16]
 
 
 class SceneDepth:
