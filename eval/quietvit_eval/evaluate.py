@@ -117,11 +117,9 @@ def evaluate(
     target = _target_of(settings, labels_only=class_map is not None or real_labels is not None, pixels=pixels)
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     sources = data_spec.open(target) if isinstance(data_spec, DataSpec) else data_spec
-    if out_dir is not None:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
     store = _store(feature_cache, feature_cache_gb) if target == LABELS else None
     memory = _bytes(memory_gb, "memory_gb")
-    reading = Reading(batch_size, workers, console, None if out_dir is None else Path(out_dir), memory, store)
+    reading = Reading(batch_size, workers, console, _folder(out_dir), memory, store)
     limits = (limit_train, limit_test)
     data: EvalData | PairData
     if target == LABELS:
@@ -198,6 +196,13 @@ def _all_cards(
     if console is not None and dist.rank() == 0:
         print_cards(cards, console)
     return cards
+
+
+def _folder(path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 def _bytes(gib: float, name: str) -> int:
