@@ -63,7 +63,7 @@ format: $(STAMP)  ## put the code into the house's format
 	$(BIN)/ruff check --fix
 
 bench: $(STAMP)  ## every benchmark, with its defaults
-	@set -e; for name in augment quickstart scenes stem step; do echo "$$name"; $(BIN)/python "benchmarks/$$name.py"; done
+	@set -e; for name in augment classification quickstart scenes stem step; do echo "$$name"; $(BIN)/python "benchmarks/$$name.py"; done
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

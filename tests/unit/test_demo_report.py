@@ -20,7 +20,7 @@ from quietvit.config.load import load_config, to_yaml
 from quietvit.weights import save_teacher
 from quietvit_eval import demo_report
 from quietvit_eval.demo_report import write_report
-from quietvit_eval.demo_scores import headline, verdict
+from quietvit_eval.demo_scores import headline, rows, verdict
 
 SUMMARY: dict[str, Any] = {
     "knn": {"trained": 61.3, "random": 42.1, "pixels": 33.7},
@@ -231,3 +231,49 @@ def test_the_code_runs_and_is_four_lines(out: Path) -> None:
     assert features.cls.shape == (8, 8)
     assert features.registers.shape == (8, 3, 8)
     assert features.patches.shape == (8, 3, 3, 8)
+
+
+DENSE: dict[str, Any] = {
+    **SUMMARY,
+    "segmentation": {"trained": 20.5, "random": 15.25, "constant": 8.0},
+    "depth": {"trained": 1.02, "random": 1.05, "constant": 1.4, "place": 0.8},
+    "standard_error": {**SUMMARY["standard_error"], "segmentation": 1.0, "depth": 0.02},
+    "dense_images": {"train": 800, "test": 400},
+}
+
+
+def test_dense_tasks_have_their_units_and_their_pictures(out: Path) -> None:
+    picture = out / "eval" / "pictures" / "a.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (6, 4), (200, 10, 10)).save(picture)
+    page = Page(write_report(out, {**DENSE, "pictures": {"segmentation": ["eval/pictures/a.png"]}}).read_text())
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    for words in (
+        "20.5 % ± 1.0",
+        "15.2 %",
+        "1.020 m ± 0.020",
+        "0.800 m",
+        "the mean at each place",
+        "800 pictures to learn",
+    ):
+        assert words in text, words
+    own = base64.b64encode(picture.read_bytes()).decode()
+    shown = [r for r in page.refers if r.endswith(own)]
+    assert len(shown) == 1
+    assert "What it sees now" in text
+    assert "What it sees now" not in Page(write_report(out, SUMMARY).read_text()).text
+
+
+def test_bars_and_verdicts_know_which_way_is_better() -> None:
+    by_title = {task["title"].partition(":")[0]: task for task in rows(DENSE)}
+    assert [r["width"] for r in by_title["Segmentation"]["rows"]] == [20.5, 15.25, 8.0]
+    assert [r["width"] for r in by_title["Depth"]["rows"]] == pytest.approx([72.86, 75.0, 100.0, 57.14], abs=0.01)
+    assert by_title["Depth"]["chance"] is None
+    assert by_title["k-NN"]["chance"] == 12.5
+    said = verdict(DENSE)
+    assert "Segmentation: a clear gain (+5.2 points ± 1.4" in said
+    assert "Depth: no clear difference (-0.030 m ± 0.028" in said
+    worse = {**DENSE, "depth": {"trained": 1.3, "random": 1.05, "constant": 1.4}}
+    assert "Depth: a clear loss (+0.250 m" in verdict(worse)
+    better = {**DENSE, "depth": {"trained": 0.7, "random": 1.05, "constant": 1.4}}
+    assert "Depth: a clear gain (-0.350 m" in verdict(better)
