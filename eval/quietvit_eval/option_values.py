@@ -10,19 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from quietvit.config.load import explained_yaml
 
 
 def parse_value(text: str) -> Any:
     """The YAML value of `text`: 5, 1e-3, true, null, [1, 4], or text. Raises ValueError if it does not parse."""
-    try:
+    with explained_yaml(f"the value {text!r}"):
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[call-overload,index]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{text!r} is no value: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"{text!r} is no value: it is not valid YAML") from error
-        raise
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

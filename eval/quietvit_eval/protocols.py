@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from quietvit.config.load import explained_yaml
 from quietvit_eval.option_values import nearest, typed_options
 
 SUFFIXES = (".yaml", ".yml")
@@ -128,14 +128,8 @@ def _published(where: str, values: Any) -> Published:
 
 
 def _read(where: str, text: str) -> dict[str, Any]:
-    try:
+    with explained_yaml(where):
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{where} does not parse: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"{where} is not valid YAML: {error}") from error
-        raise
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of task, data, options and published")
     return {str(k): v for k, v in values.items()}

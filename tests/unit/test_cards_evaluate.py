@@ -8,49 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from colours import Colours
 from quietvit.backbones import make_backbone
 from quietvit.build import build_method
 from quietvit.config.schema import ModelConfig, RunConfig
-from quietvit.data.decode import UnreadableImage
 from quietvit.weights import load, random_like, save_teacher
 from quietvit.weights.native import weights_hash
 from quietvit_eval.cards import Card, card_name, find_cards, read_card, write_card
 from quietvit_eval.evaluate import DataSpec, evaluate
 from quietvit_eval.pixels import PixelExtractor
 from quietvit_eval.report import print_cards
-
-
-class Colours:
-    """Plain noisy colours, one for each class: any features can tell them apart, raw pixels too."""
-
-    TINTS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
-
-    def __init__(self, split: str, count: int, broken: tuple[int, ...] = ()) -> None:
-        self.name, self.count, self.broken = f"colours/{split}", count, broken
-        self.offset = {"train": 0, "val": 10_000}[split]
-        self.labels = {"class": np.arange(count) % 3, "coin": np.random.default_rng(self.offset).integers(0, 2, count)}
-        self.classes = {"class": ["red", "green", "blue"], "coin": ["heads", "tails"]}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def load(self, index: int, *, min_side: int | None = None) -> np.ndarray:
-        if index in self.broken:
-            raise UnreadableImage(self.item_name(index), "cut short")
-        noise = np.random.default_rng(index + self.offset).normal(0, 30, (16, 16, 3))
-        pixels: np.ndarray = np.clip(self.TINTS[index % 3] + noise, 0, 255).astype(np.uint8)
-        return pixels
-
-    def item_name(self, index: int) -> str:
-        return f"{index:04d}.png"
-
-    def fingerprint(self) -> str:
-        return f"{self.name}-{self.count}"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +56,7 @@ def test_cards_hold_the_scores_and_what_they_rest_on(run: Path, tmp_path: Path) 
             "unreadable_names": ["0004.png"],
         }  # fmt: skip
         assert card.protocol["image_size"] == 16
-        assert card.protocol["view"]["resize"] == 16
+        assert card.protocol["view"]["resize"] == 18  # 256/224
     assert cards[0].model["hash"] == weights_hash(model.backbone)
     assert (
         cards[2].model["hash"] == weights_hash(random_like(model).backbone) == cards[0].model["hash"]

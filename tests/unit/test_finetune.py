@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from colours import Colours
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Features
-from quietvit.data.decode import UnreadableImage
 from quietvit.weights import load, save_teacher
 from quietvit.weights.native import weights_hash
 from quietvit_eval import finetune
@@ -26,34 +26,6 @@ from quietvit_eval.label_views import RandomView
 from quietvit_eval.mixing import Mixed, mix
 
 SIZE = 16
-
-
-class Colours:
-    """Plain noisy colours, one for each class."""
-
-    TINTS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
-
-    def __init__(self, split: str, count: int, broken: tuple[int, ...] = ()) -> None:
-        self.name, self.count, self.broken = f"colours/{split}", count, broken
-        self.offset = {"train": 0, "val": 10_000}[split]
-        self.labels = {"class": np.arange(count) % 3}
-        self.classes = {"class": ["red", "green", "blue"]}
-
-    def __len__(self) -> int:
-        return self.count
-
-    def load(self, index: int, *, min_side: int | None = None) -> np.ndarray:
-        if index in self.broken:
-            raise UnreadableImage(self.item_name(index), "cut short")
-        noise = np.random.default_rng(index + self.offset).normal(0, 30, (20, 24, 3))
-        pixels: np.ndarray = np.clip(self.TINTS[index % 3] + noise, 0, 255).astype(np.uint8)
-        return pixels
-
-    def item_name(self, index: int) -> str:
-        return f"{index:04d}.png"
-
-    def fingerprint(self) -> str:
-        return f"{self.name}-{self.count}"
 
 
 def tiny() -> Any:

@@ -185,7 +185,7 @@ def test_values_take_the_type_of_their_option(text: str, expected: object) -> No
         ("count", "write it as key=value"),
         ("=1", "write it as key=value"),
         ("count=[1", "not valid YAML"),
-        ("count=${x}", "is no value"),
+        ("count=${x}", "does not parse"),
     ],
 )
 def test_a_value_of_another_type_is_explained(text: str, message: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -33,6 +34,19 @@ def recipes() -> dict[str, Traversable]:
     return dict(sorted(found.items()))
 
 
+@contextlib.contextmanager
+def explained_yaml(what: str) -> Iterator[None]:
+    """Raises ConfigError, which is a ValueError, for what OmegaConf or its YAML parser cannot read."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{what} does not parse: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{what} is not valid YAML: {error}") from error
+        raise
+
+
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a shipped name or the path of a YAML file) and apply `a.b=c` overrides.
 
@@ -41,16 +55,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"{item!r} is not a setting: write it as key=value, e.g. train.steps=1000")
-    try:
+    with explained_yaml(f"recipe {recipe!r} or an override"):
         # Keep the user's order: what is written last wins.
         tree = OmegaConf.merge(OmegaConf.create(_recipe_text(recipe)), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe {recipe!r} or an override does not parse: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"recipe {recipe!r} or an override is not valid YAML: {error}") from error
-        raise
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {recipe!r} must be a mapping of sections (model, data, train, ...)")
     return from_mapping(RunConfig, {str(k): v for k, v in values.items()}, "")
