@@ -21,17 +21,17 @@ RECIPE = "quickstart"
 SUBJECTS = {"model": "trained", "random-init": "random", "pixels": "pixels"}
 # As many images as make the standard error of a score about one point; more would take longer than the training.
 NUM_TRAIN, NUM_TEST = 3000, 2000
-NUM_DENSE_TRAIN, NUM_DENSE_TEST = 800, 400  # every picture has 4,096 targets
+NUM_DENSE_TRAIN, NUM_DENSE_TEST = 600, 300  # every picture has 4,096 targets
 LINEAR = {"batch_size": 128, "steps": 600}  # DINOv2's batch per GPU; 12,288 pixels an image are many weights
 # Whole pictures without augmentation: a few hundred steps of a linear layer on a small network need no more (ours).
 SEGMENTATION = {
     "short_side": 64, "crop": 64, "stride": 64, "ratio": (1.0, 1.0), "max_share": 1.0, "photometric": False,
-    "average": "valid", "steps": 300, "warmup_steps": 10, "lr": 1e-2, "pictures": 3,
+    "average": "valid", "steps": 250, "warmup_steps": 10, "lr": 1e-2, "pictures": 3,
 }  # fmt: skip
 DEPTH = {
     "layers": 4, "norm": True, "with_cls": False, "batch_norm": True, "upsample": 1, "bins": 64,
     "train_crop": "none", "crop": (64, 64), "rotate": 0.0, "color": False, "eval_crop": "none",
-    "batch_size": 8, "steps": 300, "warmup_steps": 0, "sig_warmup": 0, "gradient_weight": 0.0, "lr": 3e-3,
+    "batch_size": 8, "steps": 200, "warmup_steps": 0, "sig_warmup": 0, "gradient_weight": 0.0, "lr": 3e-3,
     "pictures": 3,
 }  # fmt: skip
 
