@@ -1,8 +1,10 @@
-"""Makes tests/reference.py importable from every test folder, and keeps tests out of the user's cache folder."""
+"""Makes tests/reference.py importable from every test folder, keeps tests out of the user's cache folder, and has Ctrl-C
+work in them also where a shell started them in the background, which ignores it and bequeaths that."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
