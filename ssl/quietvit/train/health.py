@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from quietvit import dist
 from quietvit.contracts import Targets
 from quietvit.features.knn import knn_accuracy
 from quietvit.features.norms import outlier_share
@@ -41,12 +42,15 @@ class TargetGauge:
             self.rows += len(q)
 
     def read(self) -> dict[str, float]:
-        """Entropy in nats of one target and of the mean target, and how many prototypes were someone's favourite."""
+        """Over all ranks, which must all call: entropy in nats of one target and of the mean target, and how many prototypes were someone's favourite."""
         if self.mean_target is None or self.used is None:
             return {}
-        mean = self.mean_target / self.mean_target.sum()
+        total = dist.sum_over_ranks(self.mean_target)
+        mean = total / total.sum()
+        self.used = dist.max_over_ranks(self.used.float()) > 0
+        entropy = dist.sum_over_ranks(torch.stack(self.entropies).mean()) / dist.world_size()
         values = {
-            "teacher/entropy": float(torch.stack(self.entropies).mean()),
+            "teacher/entropy": float(entropy),
             "teacher/mean_entropy": float(-torch.xlogy(mean, mean).sum()),
             "teacher/prototypes_used": float(self.used.sum()),
         }
@@ -92,18 +96,11 @@ class Probe:
         for chunk in images.split(CHUNK):
             x = (chunk.to(self.device).float() - mean) / std
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16):
-                tokens = backbone.tokens([x], [None])[0]  # type: ignore[operator]
-                features = backbone.split(tokens, self._grid(backbone, x))  # type: ignore[operator]
-            num_patches = features.patches.shape[1] * features.patches.shape[2]
-            cls.append(features.cls.float().cpu())
+                raw, normed = backbone.before_and_after_norm(x)  # type: ignore[operator]
+            cls.append(normed.cls.float().cpu())
             # Artifacts show before the final norm (Vision Transformers Need Registers, section 2).
-            norms.append(tokens[:, -num_patches:].float().norm(dim=-1).cpu())
+            norms.append(raw.patches.flatten(1, 2).float().norm(dim=-1).cpu())
         return torch.cat(cls), torch.cat(norms)
-
-    @staticmethod
-    def _grid(backbone: nn.Module, x: Tensor) -> tuple[int, int]:
-        stride = int(backbone.stride)  # type: ignore[arg-type]
-        return x.shape[-2] // stride, x.shape[-1] // stride
 
 
 def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progress: float) -> list[str]:
