@@ -8,48 +8,33 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from quietvit_launch.commands import add_launching, at_least
 from quietvit_launch.mistakes import message_for_user
 
 EXIT_USER_ERROR = 2
 MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
     parser = argparse.ArgumentParser(
         prog="quietvit", description="Self-supervised pretraining of vision transformers with registers."
     )
     parser.add_argument("--version", action="version", version=f"quietvit {metadata.version('quietvit')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
+    add_launching(commands)
+    _add_recipes(commands)
     _add_eval(commands)
     _add_use(commands)
     _add_info(commands)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
-    demo.add_argument("--seed", type=_at_least(0), default=0)
+    demo.add_argument("--seed", type=at_least(0), default=0)
     demo.set_defaults(run=_demo)
     return parser
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = commands.add_parser(
-        "train",
-        help="pretrain a backbone; the same command resumes",
-        epilog="example: quietvit train own_images data.path=~/photos --out runs/photos",
-    )
-    train.add_argument("recipe", help="name of a shipped recipe (see `quietvit recipes`) or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    train.add_argument("--out", required=True, help="run folder; a run found there with the same settings is resumed")
-    train.set_defaults(run=_train)
+def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or print one with all its settings")
     recipes.add_argument("name", nargs="?")
     recipes.set_defaults(run=_recipes)
@@ -62,11 +47,11 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     evaluate.add_argument("--data", required=True, help="labelled images: a folder, a tar, a list, or `scenes`")
     evaluate.add_argument("--kind", default="auto", help="layout of --data (default: found out from the path)")
     evaluate.add_argument("--label", default="class", help="label set to predict (default: class)")
-    evaluate.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
+    evaluate.add_argument("--size", type=at_least(1), help="image side in pixels (default: the model's)")
     evaluate.add_argument("--train-split", default="train")
     evaluate.add_argument("--test-split", default="val")
-    evaluate.add_argument("--limit-train", type=_at_least(1), help="use this many training images at the most")
-    evaluate.add_argument("--limit-test", type=_at_least(1), help="use this many test images at the most")
+    evaluate.add_argument("--limit-train", type=at_least(1), help="use this many training images at the most")
+    evaluate.add_argument("--limit-test", type=at_least(1), help="use this many test images at the most")
     evaluate.add_argument("--random-init", action="store_true", help="also score the same model before training")
     evaluate.add_argument("--pixels", action="store_true", help="also score raw pixels")
     evaluate.add_argument(
@@ -76,8 +61,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="linear head chosen on a held-out part of train (default), or on the test data as in the DINOv2 paper",
     )
     evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--workers", type=_at_least(0), default=0)
-    evaluate.add_argument("--seed", type=_at_least(0), default=0)
+    evaluate.add_argument("--workers", type=at_least(0), default=0)
+    evaluate.add_argument("--seed", type=at_least(0), default=0)
     evaluate.add_argument("--out", help="folder for the result cards (default: <model folder>/eval)")
     evaluate.set_defaults(run=_eval)
 
@@ -87,8 +72,8 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     embed.add_argument("images", help="a folder, tar or list")
     embed.add_argument("--model", required=True, help=MODEL)
     embed.add_argument("--out", required=True, help="features.parquet or features.npz")
-    embed.add_argument("--size", type=_at_least(1), help="image side in pixels (default: the model's)")
-    embed.add_argument("--batch-size", type=_at_least(1), default=64)
+    embed.add_argument("--size", type=at_least(1), help="image side in pixels (default: the model's)")
+    embed.add_argument("--batch-size", type=at_least(1), default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
     export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
@@ -100,17 +85,9 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     info = commands.add_parser("info", help="list all backbones: parameters and multiply-adds, beside papers' figures")
     info.add_argument("--backbone", metavar="NAME", help="only this family: vit or t2t_vit (default: both)")
-    info.add_argument("--image-size", type=_at_least(1), default=224, help="image side in pixels (default: 224)")
+    info.add_argument("--image-size", type=at_least(1), default=224, help="image side in pixels (default: 224)")
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_info)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from quietvit_launch.job import Job, run_job
-
-    return run_job(Job(args.recipe, tuple(args.overrides), args.out), Console())
 
 
 def _recipes(args: argparse.Namespace) -> int:
@@ -162,13 +139,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. A user's mistake is one message on stderr and exit code 2; a fault of ours is a traceback."""
-    parser = _parser()
+    parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
-    if args.command == "train" and not any(word.startswith("-") for word in rest):
+    takes_settings = hasattr(args, "overrides")
+    if takes_settings and not any(word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]
     elif rest:
-        hint = ": settings are written key=value, e.g. train.steps=1000" if args.command == "train" else ""
+        hint = ": settings are written key=value, e.g. train.steps=1000" if takes_settings else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     run: Callable[[argparse.Namespace], int] = args.run
     try:
