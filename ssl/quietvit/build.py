@@ -70,9 +70,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
     the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=backbone.stride)
     if dist.rank() == 0:
         write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
-    bad_images = BadImages(
-        run_dir, num_images=len(source), max_share=config.data.max_bad_share, rank=dist.rank()
-    )
+    bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share, rank=dist.rank())
     parameters = sum(p.numel() for p in backbone.parameters())
     engine = parallelise(
         method,
@@ -120,6 +118,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         prototypes=config.objective.head.num_prototypes,
         engine=engine,
         background=config.checkpoint.background,
+        timeout=config.parallel.timeout,
         console=console,
     )
 
@@ -326,8 +325,8 @@ def _batch_size(
         batch = _batch_of_checkpoint(run_dir) or ranks * min(dist.gather_objects(own))
     if batch % (ranks * accumulate):
         raise ConfigError(
-            f"train.batch_size={batch} cannot be shared evenly by {ranks} processes with train.accumulate={accumulate}: "
-            f"use a multiple of {ranks * accumulate}"
+            f"train.batch_size={batch} cannot be shared evenly by {ranks} processes with train.accumulate={accumulate}"
+            f": use a multiple of {ranks * accumulate}"
         )
     own = batch // ranks // accumulate
     return batch, step_memory(shapes, own, bytes_per_value=size, accumulate=accumulate)

@@ -33,6 +33,15 @@ def group_size() -> int:
     return dist.get_world_size()
 
 
+def make_group_of_one(device: torch.device) -> bool:
+    """Make a process group that holds this process alone, unless one is up. Returns whether it was made."""
+    if dist.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return True
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if is_distributed():

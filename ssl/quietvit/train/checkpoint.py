@@ -26,16 +26,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from quietvit import dist
 from quietvit.files import write_atomically
 
 STEP_NAME = re.compile(r"step_(\d{8})")
 STATE = "state"  # folder of shards
+OLD_STATE = "state.safetensors"  # all of it in one file, as it was before runs could have several processes
 
 
 class CheckpointError(RuntimeError):
@@ -57,16 +60,19 @@ class Found:
 def _explained(run_dir: Path, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        text = str(error)
-        code = getattr(error, "errno", None)
-        full = code == errno.ENOSPC or "No space left" in text
-        reason = "the disk is full: free some space" if full else text.strip().splitlines()[-1] if text else repr(error)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full: free some space" if full else _reason(error)
         kept = ", ".join(p.name for p in complete(run_dir)) or "none"
         raise CheckpointError(
             f"could not write {what} in {run_dir}: {reason}. Complete checkpoints there: {kept}. "
             "The same command resumes from the newest once the folder can be written."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line: torch hands the errors of other ranks on with their tracebacks before them."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -118,7 +124,7 @@ class Writer:
             dist.barrier()
             try:
                 save_teacher(temporary)
-                self._write(step, {k: v.detach() for k, v in tensors.items()}, temporary / STATE)
+                self._write(step, {k: v.detach().contiguous() for k, v in tensors.items()}, temporary / STATE)
             except BaseException:
                 if dist.rank() == 0:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -129,10 +135,10 @@ class Writer:
         storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         with _without_notices():
             if self._background:
-                pending = dcp.async_save(cast(Any, tensors), storage_writer=storage, process_group=self._group)
+                pending = async_save(cast(Any, tensors), storage_writer=storage, process_group=self._group)
                 self._pending = (cast("Future[Any]", pending), step)
                 return
-            dcp.save(cast(Any, tensors), storage_writer=storage, no_dist=not torch.distributed.is_initialized())
+            save(cast(Any, tensors), storage_writer=storage, no_dist=not torch.distributed.is_initialized())
         self._finish(step)
 
     def settle(self) -> None:
@@ -177,6 +183,11 @@ def find(run_dir: Path) -> Found | None:
     if not found:
         return None
     newest = found[-1]
+    if (newest / OLD_STATE).exists() and not (newest / STATE).exists():
+        raise CheckpointError(
+            f"the checkpoint {newest} was written by an earlier version of quietvit, whose {OLD_STATE} this one does "
+            "not read: finish the run with that version, or choose another --out. Its teacher.safetensors is good here"
+        )
     with _damaged(run_dir):
         meta = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         index = HuggingFaceStorageReader(str(newest / STATE)).read_metadata().state_dict_metadata
@@ -191,7 +202,7 @@ def read(found: Found, tensors: Mapping[str, Tensor]) -> None:
     """Read a checkpoint into tensors of the same names and shapes, sharded or whole. Raises CheckpointError."""
     storage = HuggingFaceStorageReader(str(found.path / STATE))
     with _damaged(found.path.parents[1]), _without_notices():
-        dcp.load(cast(Any, dict(tensors)), storage_reader=storage, no_dist=not torch.distributed.is_initialized())
+        load(cast(Any, dict(tensors)), storage_reader=storage, no_dist=not torch.distributed.is_initialized())
 
 
 def read_whole(found: Found) -> dict[str, Tensor]:
@@ -205,10 +216,10 @@ def read_whole(found: Found) -> dict[str, Tensor]:
 def _damaged(run_dir: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, dcp.CheckpointException) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
         *earlier, newest = complete(run_dir)
         before = f" Remove it to resume from {earlier[-1].name}." if earlier else " Remove it to start anew."
-        raise CheckpointError(f"the checkpoint {newest} is damaged ({error}).{before}") from error
+        raise CheckpointError(f"the checkpoint {newest} is damaged ({_reason(error)}).{before}") from error
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from quietvit.train.parallel import Engine
 from quietvit.train.progress import Progress
 from quietvit.train.signals import StopRequest
 from quietvit.train.step import Method, Outcome, seed_step, train_step
+from quietvit.train.watch import Watch
 
 
 class TrainingStoppedError(RuntimeError):
@@ -59,6 +60,7 @@ class Training:
     prototypes: int
     engine: Engine
     background: bool = False  # checkpoints are written while training goes on
+    timeout: float = 600.0  # seconds without progress before a run of several processes ends (PyTorch's for NCCL)
     console: Console = field(default_factory=Console)
 
 
@@ -75,8 +77,17 @@ class Finished:
 def run(training: Training) -> Finished:
     """Train from the newest checkpoint of the run folder (or from the start) to the end or to a signal.
 
-    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError.
+    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError,
+    and LostRankError when another process is gone.
     """
+    with contextlib.closing(training.engine), Watch(training.timeout) as watch:
+        finished = _run(training, watch)
+        watch.at("end")
+        dist.barrier()  # nobody takes the group away while another still needs it
+        return finished
+
+
+def _run(training: Training, watch: Watch) -> Finished:
     saved = _resume(training)
     start = saved or 0
     if start >= training.steps:
@@ -94,8 +105,9 @@ def run(training: Training) -> Finished:
             checkpoint.Writer(training.run_dir, keep=training.keep, background=training.background)
         ) as writer,
     ):
-        loop = _Loop(training, log, progress)
+        loop = _Loop(training, log, progress, watch)
         if start == 0:
+            watch.at("health")
             loop.look(0, {})
         step = start
         batches = training.batches(start)
@@ -105,10 +117,12 @@ def run(training: Training) -> Finished:
             step += 1
             writer.settle()
             if step == training.steps or step % training.checkpoint_every == 0:
+                watch.at("checkpoint")
                 _save(training, writer, step)
                 saved = step
         if leave and step < training.steps:
             if saved != step:
+                watch.at("checkpoint")
                 _save(training, writer, step)
             progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
     signum = (stop.signum or int(signal.SIGTERM)) if leave and step < training.steps else None
@@ -118,8 +132,9 @@ def run(training: Training) -> Finished:
 class _Loop:
     """What is carried from step to step."""
 
-    def __init__(self, training: Training, log: MetricsLog | NoMetrics, progress: Progress) -> None:
+    def __init__(self, training: Training, log: MetricsLog | NoMetrics, progress: Progress, watch: Watch) -> None:
         self.t = training
+        self.watch = watch
         self.log = log
         self.progress = progress
         self.gauge = TargetGauge()
@@ -132,6 +147,7 @@ class _Loop:
     def advance(self, step: int, batches: Iterator[Batch], *, stop: Callable[[], bool]) -> bool:
         """One step: batch `step` (counted from 0) becomes weights of step + 1. Returns whether a rank wants to stop."""
         t = self.t
+        self.watch.at("data", step + 1)
         before = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - before
@@ -150,6 +166,7 @@ class _Loop:
             state=running_buffers(t.method),
             engine=t.engine,
             stop=stop,
+            at_place=self.watch.at,
         )
         self.window = [*self.window[-49:], (time.monotonic() - before, waited)]
         seconds = sum(s for s, _ in self.window)
@@ -174,6 +191,7 @@ class _Loop:
         shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
         if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
+            self.watch.at("health")
             self.look(step + 1, self.gauge.read())
         return outcome.stop
 

@@ -49,6 +49,12 @@ class Engine:
     study: Study  # the method's losses, through DDP where that is the strategy
     strategy: str  # "none", "ddp" or "fsdp"
     modules: Mapping[str, nn.Module]  # student submodules that hold gradients
+    owns_group: bool = False  # a process group was made for it alone
+
+    def close(self) -> None:
+        """Take down the process group that was made for a single sharded process; any other is the launcher's."""
+        if self.owns_group and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one micro-batch: gradients travel between processes with the last one only."""
@@ -92,7 +98,8 @@ def parallelise(
     """Prepare a method (with `student` and `teacher`, ModuleDicts that hold a "backbone") in place.
 
     Args:
-        strategy: what `pick_strategy` returned. "fsdp" needs a process group, also of one process.
+        strategy: what `pick_strategy` returned. "fsdp" with a single process makes a group of its own if none is up:
+            the engine's `close` takes it down.
         checkpointing: "none"; "full": a block's forward is computed again in the backward pass; "selective": all but
             matrix products and attention is.
         compile_blocks: torch.compile each block of student and teacher.
@@ -110,7 +117,8 @@ def parallelise(
     if compile_blocks:
         for block in (*_blocks(student), *_blocks(teacher)):
             block.compile()
-    study = cast(Study, method.study)
+    study: Study = functools.partial(_study, method)
+    owns_group = strategy == "fsdp" and dist.make_group_of_one(device)
     if strategy == "fsdp":
         _shard(student, device, precision, keep_whole=True)
         # The teacher has no backward pass that would drop its whole weights again, and they must not outlive the EMA.
@@ -119,7 +127,13 @@ def parallelise(
         ids = [device] if device.type == "cuda" else None
         # Every parameter gets a gradient each step (masks may be empty: the mask token then gets zeros).
         study = cast(Study, DistributedDataParallel(_Study(method), device_ids=ids, gradient_as_bucket_view=True))
-    return Engine(study, strategy, dict(student.items()))
+    return Engine(study, strategy, dict(student.items()), owns_group)
+
+
+def _study(method: nn.Module, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+    """`method.study` as it is when the step is taken: a benchmark may time another in its place."""
+    losses: dict[str, Tensor] = method.study(batch, targets)  # type: ignore[operator]
+    return losses
 
 
 class _Study(nn.Module):
@@ -128,11 +142,10 @@ class _Study(nn.Module):
     def __init__(self, method: nn.Module) -> None:
         super().__init__()
         self.student = method.student
-        self._study = [method.study]  # in a list: the teacher must not become a submodule
+        self._method = [method]  # in a list: the teacher must not become a submodule
 
     def forward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self._study[0](batch, targets)  # type: ignore[operator]
-        return losses
+        return _study(self._method[0], batch, targets)
 
 
 def _blocks(modules: nn.ModuleDict) -> list[nn.Module]:
@@ -147,7 +160,7 @@ def _recompute(block: nn.Module, *, selective: bool) -> None:
     def again(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        extra = {"context_fn": context} if context is not None else {}
+        extra: dict[str, Any] = {"context_fn": context} if context is not None else {}
         return checkpoint(forward, *args, use_reentrant=False, **extra, **kwargs)
 
     block.forward = again
@@ -178,4 +191,3 @@ def _shard(modules: nn.ModuleDict, device: torch.device, precision: torch.dtype,
     # Called beside forward by the health probe and by evaluations: they too must find whole parameters.
     for name in ("before_and_after_norm", "last_blocks"):
         register_fsdp_forward_method(backbone, name)
-

@@ -78,16 +78,20 @@ def train_step(
     state: Mapping[str, Tensor],
     engine: Engine,
     stop: Callable[[], bool] = bool,
+    at_place: Callable[[str], None] = lambda place: None,
 ) -> Outcome:
     """One optimizer step over the micro-batches of one effective batch (DINOv2; order of training.md 4.0).
 
     `state` are the method's own running buffers (centers): they go back to what they were when the step is skipped.
     `stop()` is asked at the end of the step: the outcome says whether any rank would, so that all leave together.
+    `at_place` is told "teacher", "student" and "step" as they begin.
     """
     before = {name: value.clone() for name, value in state.items()}
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16)
+    at_place("teacher")
     with autocast:
         targets = method.teach(batches, temp=at.teacher_temp)
+    at_place("student")
     sums: dict[str, Tensor] = {}
     for number, (batch, target) in enumerate(zip(batches, targets, strict=True), start=1):
         with engine.accumulating(last=number == len(batches)):
@@ -97,6 +101,7 @@ def train_step(
             total.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / len(batches)
+    at_place("step")
     norms = optim.clip_by_module(method.trainable(), max_norm=clip)
     names = [*sums, *norms]
     wishes = torch.tensor(float(stop()), device=device)
