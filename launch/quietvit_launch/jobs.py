@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from rich import box
@@ -56,7 +56,8 @@ def run_jobs(folder: Path, form: str) -> int:
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "state", "job", "step", "loss", "k-NN", "message"):
-        table.add_column(name, justify="right" if name in ("step", "loss", "k-NN") else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name in ("step", "loss", "k-NN") else "left"
+        table.add_column(name, justify=side, no_wrap=name != "message", overflow="fold")
     for r in rows:
         name = os.path.relpath(r.run, folder) if r.run != str(folder) else r.run
         step = f"{r.step}/{r.steps}" if r.steps else str(r.step)

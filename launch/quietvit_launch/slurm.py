@@ -74,15 +74,17 @@ def load_slurm(recipe: str, overrides: Sequence[str] = ()) -> SlurmConfig:
     try:
         text = (file if file.suffix in (".yaml", ".yml") else known).read_text(encoding="utf-8")
         given = OmegaConf.from_dotlist([word.removeprefix(PREFIX) for word in overrides])
-        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(text), given), resolve=True)
+        tree = OmegaConf.create(text)
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"--slurm {recipe} must be key: value pairs")
+        values = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True)
     except FileNotFoundError as error:
         raise ConfigError(f"--slurm {recipe}: there is no such file") from error
     except Exception as error:
         if isinstance(error, OmegaConfBaseException | UnicodeDecodeError) or type(error).__module__.startswith("yaml"):
             raise ConfigError(f"--slurm {recipe} or a slurm setting does not parse: {error}") from error
         raise
-    if not isinstance(values, dict):
-        raise ConfigError(f"--slurm {recipe} must be key: value pairs")
+    assert isinstance(values, dict)
     config = from_mapping(SlurmConfig, {str(k): v for k, v in values.items()}, PREFIX)
     _check(config)
     return config
