@@ -109,6 +109,7 @@ class Watch:
     def _watch(self) -> None:
         """What the thread does."""
         looked, told = time.monotonic(), None
+        self._beat()
         while not self._done.wait(BEAT_S):
             now = time.monotonic()
             if not self._beat():
@@ -184,12 +185,12 @@ class Watch:
         """The sentence of a run that does not come further: who is behind, and where the others wait."""
         notes = {dist.rank(): self._own} | {r: n for r, (n, _) in self._seen.items() if n is not None}
         absent = [r for r, (n, _) in self._seen.items() if n is None]
+        silent = self._silent(3 * BEAT_S)  # all have just been read: who lives was heard of
         order = {r: (n.step, PLACES.index(n.place)) for r, n in notes.items()}
         least = min(order.values())
-        behind = absent or [r for r in sorted(notes) if order[r] == least]
-        named = ", ".join(
-            f"rank {r} " + ("has not begun" if r in absent else f"is at {notes[r].where}") for r in behind
-        )
+        behind = sorted(absent + silent) or [r for r in sorted(notes) if order[r] == least]
+        how = dict.fromkeys(absent, "has not begun") | {r: f"was last heard of at {notes[r].where}" for r in silent}
+        named = ", ".join(f"rank {r} {how[r] if r in how else f'is at {notes[r].where}'}" for r in behind)
         waiting = sorted({notes[r].where for r in notes if r not in behind})
         wait = f"; the others wait for it at {', '.join(waiting)}" if waiting else "; no rank is ahead of the others"
         return f"rank {dist.rank()}: no step was finished for {self._timeout:g} s: {named}{wait}{_AGAIN}"
