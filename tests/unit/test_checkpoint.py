@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import hf_storage
 
+from quietvit import dist
 from quietvit.files import write_atomically, write_text
 from quietvit.train import checkpoint
 from quietvit.train.checkpoint import CheckpointError, Writer, complete, find, read, read_whole
@@ -86,6 +90,56 @@ def test_a_full_disk_is_said_and_loses_nothing(
     assert found is not None
     assert read_whole(found)["method.w"].tolist() == [float(found.step)] * 3
     assert [p.name for p in save_step(tmp_path, 30).parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process: what is written in the background needs one."""
+    assert dist.make_group_of_one(torch.device("cpu"))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_in_the_background_what_was_there_at_the_call_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_step(tmp_path, 10)
+    go_on, write = threading.Event(), hf_storage.HuggingFaceStorageWriter.write_data
+
+    def slowly(*args: Any) -> Any:
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(hf_storage.HuggingFaceStorageWriter, "write_data", slowly)
+    weights = torch.arange(4.0)
+    writer = Writer(tmp_path, keep=2, background=True)
+    writer.save(20, {"method.w": weights}, {}, save_teacher=teacher_into)
+    weights.zero_()  # training goes on
+    writer.settle()
+    assert [p.name for p in complete(tmp_path)] == ["step_00000010"]
+    go_on.set()
+    writer.close()
+    found = find(tmp_path)
+    assert found is not None
+    assert found.step == 20
+    assert read_whole(found)["method.w"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_full_disk_in_the_background_is_said_later_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(tmp_path, 10)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hf_storage.HuggingFaceStorageWriter, "write_data", full)
+    writer = Writer(tmp_path, keep=2, background=True)
+    writer.save(20, {"method.w": torch.zeros(3)}, {}, save_teacher=teacher_into)
+    with pytest.raises(CheckpointError, match=r"step 20 .*disk is full.*Complete checkpoints there: step_00000010"):
+        writer.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000010"]
+    writer.close()  # it was told once
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

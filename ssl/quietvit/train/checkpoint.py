@@ -122,13 +122,9 @@ class Writer:
                 about = {"step": step, "processes": dist.world_size(), **meta}
                 (temporary / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             dist.barrier()
-            try:
+            with self._cleared_on_error(step):
                 save_teacher(temporary)
                 self._write(step, {k: v.detach().contiguous() for k, v in tensors.items()}, temporary / STATE)
-            except BaseException:
-                if dist.rank() == 0:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                raise
         return self.run_dir / "checkpoints" / f"step_{step:08d}"
 
     def _write(self, step: int, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -151,9 +147,18 @@ class Writer:
         if self._pending is None:
             return
         (pending, step), self._pending = self._pending, None
-        with _explained(self.run_dir, f"the checkpoint of step {step}"):
+        with _explained(self.run_dir, f"the checkpoint of step {step}"), self._cleared_on_error(step):
             pending.result()
             self._finish(step)
+
+    @contextlib.contextmanager
+    def _cleared_on_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if dist.rank() == 0:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            raise
 
     def _finish(self, step: int) -> None:
         """Rank 0: everything is on disk; name it, publish the teacher, drop old ones."""
