@@ -76,7 +76,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     both = start(run_dir, images)
-    assert [(p.communicate(timeout=250)[1], p.returncode)[1] for p in both] == [0, 0]
+    said = [p.communicate(timeout=250) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
     return run_dir
 
 
