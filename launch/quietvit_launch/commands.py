@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quietvit_launch.job import Job
+    from quietvit_launch.tasks import Evaluation
 
 Commands = argparse._SubParsersAction  # has no public name
 
@@ -82,6 +83,7 @@ def _add_where(parser: argparse.ArgumentParser, places: tuple[str, ...]) -> None
     parser.add_argument("--slurm", metavar="FILE", help="slurm: settings of the job (default: the recipe `slurm`)")
     parser.add_argument("--dry-run", action="store_true", help="slurm: print the sbatch script, submit nothing")
     parser.add_argument("--eval", metavar="TASKS", help="then judge the features: knn,linear, as `quietvit eval`")
+    parser.add_argument("--eval-each", action="store_true", help="judge every kept checkpoint, not only the last")
     parser.add_argument("--data", metavar="PATH", help="labelled images for --eval")
     parser.add_argument(
         "--eval-args", metavar="ARGS", help="more arguments of `quietvit eval`, e.g. '--limit-train 999'"
@@ -131,15 +133,11 @@ def _sweep(args: argparse.Namespace) -> int:
     return run_sweep(jobs, partial(_here, processes=args.processes, evaluation=evaluation))
 
 
-def _here(job: Job, processes: int | None, evaluation: Callable[[Path], tuple[str, ...]] | None) -> int:
+def _here(job: Job, processes: int | None, evaluation: Evaluation | None) -> int:
     from quietvit_launch.local import run_locally
 
     code = run_locally(job, processes)
-    if code or evaluation is None:
-        return code
-    from quietvit_launch.cli import main
-
-    return main(["eval", *evaluation(Path(job.out_dir))])
+    return code if code or evaluation is None else evaluation.evaluate(Path(job.out_dir).expanduser())
 
 
 def _jobs(args: argparse.Namespace) -> int:
@@ -167,25 +165,22 @@ def _parted(args: argparse.Namespace, place: str) -> tuple[tuple[str, ...], tupl
     return tuple(word for word in args.overrides if word not in slurm), slurm
 
 
-def _evaluation(args: argparse.Namespace) -> Callable[[Path], tuple[str, ...]] | None:
-    """Arguments of `quietvit eval` for a run folder; None without --eval. What is wrong with them is told now."""
+def _evaluation(args: argparse.Namespace) -> Evaluation | None:
+    """What is to follow the training; None without --eval. What is wrong with its arguments is told now."""
     if not args.eval:
-        if args.data or args.eval_args:
-            raise ValueError("--data and --eval-args go with --eval TASKS")
+        if args.data or args.eval_args or args.eval_each:
+            raise ValueError("--data, --eval-args and --eval-each go with --eval TASKS")
         return None
     if not args.data:
         raise ValueError(f"--eval {args.eval}: --data must say which labelled images")
     from quietvit_launch.cli import make_parser
     from quietvit_launch.evaluation import check_tasks
+    from quietvit_launch.tasks import Evaluation
 
-    more = shlex.split(args.eval_args or "")
-
-    def arguments(run: Path) -> tuple[str, ...]:
-        return (args.eval, *more, "--model", str(run), "--data", args.data)
-
-    make_parser().parse_args(["eval", *arguments(Path(args.out))])
+    evaluation = Evaluation(args.eval, args.data, tuple(shlex.split(args.eval_args or "")), args.eval_each)
+    make_parser().parse_args(evaluation.words(Path(args.out)))
     check_tasks(args.eval)
-    return arguments
+    return evaluation
 
 
 def _torchrun(args: argparse.Namespace) -> str:

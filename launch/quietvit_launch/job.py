@@ -65,14 +65,8 @@ def prepare_run_dir(out_dir: Path, config: RunConfig) -> list[Path]:
     made = [p for p in (recorded, out_dir, *out_dir.parents) if not p.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if any((out_dir / "checkpoints").glob("step_*")):
-            changed = differences(load_config(str(recorded)), config) if recorded.exists() else []
-            if changed:
-                raise ConfigError(
-                    f"{out_dir} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-                    "Repeat its settings to resume it, or choose another --out for a new run"
-                )
-        else:
+        check_same_run(out_dir, config)
+        if not has_checkpoint(out_dir):
             # What could not be read by an attempt that is given up must not count against this one.
             (out_dir / "unreadable.txt").unlink(missing_ok=True)
         write_text(recorded, to_yaml(config))
@@ -80,6 +74,23 @@ def prepare_run_dir(out_dir: Path, config: RunConfig) -> list[Path]:
         withdraw(made)
         raise ConfigError(f"cannot write the run folder {out_dir}: {file_system_reason(error)}") from error
     return made
+
+
+def has_checkpoint(out_dir: Path) -> bool:
+    return any((out_dir / "checkpoints").glob("step_*"))
+
+
+def check_same_run(out_dir: Path, config: RunConfig) -> None:
+    """Raises ConfigError, with what differs, if the folder holds checkpoints of a run with other settings."""
+    recorded = out_dir / "config.yaml"
+    if not has_checkpoint(out_dir) or not recorded.exists():
+        return
+    changed = differences(load_config(str(recorded)), config)
+    if changed:
+        raise ConfigError(
+            f"{out_dir} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Repeat its settings to resume it, or choose another --out for a new run"
+        )
 
 
 def withdraw(made: list[Path]) -> None:

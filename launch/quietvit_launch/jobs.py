@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quietvit_launch.job import STATUS
-from quietvit_launch.tasks import newest_step
+from quietvit_launch.tasks import newest_step, read_json
 
 RECORD = Path("slurm", "job.json")
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: thousands of lines, among them the newest health check
@@ -46,7 +46,9 @@ def run_jobs(folder: Path, form: str) -> int:
     """Print the runs below a folder, as "table" or "json". Raises ValueError where there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give the one that holds your runs")
-    rows = [look(run, asked) for runs in [list(find_runs(folder))] for asked in [ask(runs)] for run in runs]
+    runs = list(find_runs(folder))
+    asked = ask(runs)
+    rows = [look(run, asked) for run in runs]
     if form == "json":
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return 0
@@ -85,7 +87,7 @@ def find_runs(folder: Path, depth: int = 0) -> Iterator[Path]:
 
 def look(run: Path, asked: dict[str, str]) -> Row:
     """One run; `asked` is what `ask` returned."""
-    status, record = _read(run / STATUS), _read(run / RECORD)
+    status, record = read_json(run / STATUS), read_json(run / RECORD)
     job = record.get("job")
     state, message = str(status.get("state", "new")), str(status.get("message") or "")
     since = float(status.get("time") or 0)
@@ -108,14 +110,6 @@ def look(run: Path, asked: dict[str, str]) -> Row:
     return Row(
         str(run), state, job, known, status.get("steps"), values.get("loss/total"), values.get("health/knn"), message
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _alive(status: dict[str, Any]) -> bool:
@@ -150,7 +144,7 @@ def last_values(file: Path) -> dict[str, Any]:
 
 def ask(runs: list[Path]) -> dict[str, str]:
     """{job: state} of the runs' jobs, from squeue and for those no longer there from sacct; {} without Slurm."""
-    jobs = [job for run in runs if (job := _read(run / RECORD).get("job"))]
+    jobs = [job for run in runs if (job := read_json(run / RECORD).get("job"))]
     states: dict[str, str] = {}
     if not jobs:
         return states
@@ -181,7 +175,7 @@ def in_queue(run: Path) -> str | None:
 
 def run_cancel(run: Path) -> int:
     """Take a run out of the queue, or ask it to save and leave. Raises ValueError if there is nothing to cancel."""
-    record, status = _read(run / RECORD), _read(run / STATUS)
+    record, status = read_json(run / RECORD), read_json(run / STATUS)
     state = look(run, ask([run])).state
     if state not in ("queued", "running"):
         raise ValueError(f"{run} is not queued or running" + (f": it is {state}" if state != "new" else ""))

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from quietvit.config.load import ConfigError
 from quietvit.config.schema import RunConfig
 from quietvit.train.signals import StopRequest
-from quietvit_launch.job import Job, check_data, run_job, write_status
+from quietvit_launch.job import Job, check_data, check_same_run, run_job, write_status
 from quietvit_launch.worker import run_rank
 
 if TYPE_CHECKING:
@@ -28,20 +29,30 @@ def run_locally(job: Job, processes: int | None = None) -> int:
     """Run a job on this machine. Returns the exit code, as `run_job` does.
 
     `processes`: how many; None: one per GPU where the run uses GPUs, else one. Several processes on CPUs use gloo.
+    Raises ConfigError for more processes than GPUs.
     """
     config = job.config()
     check_data(config)
-    count = processes or num_processes(config)
-    return run_job(job, Console()) if count == 1 else spawn(job, count)
+    check_same_run(Path(job.out_dir).expanduser(), config)
+    if processes != 1:
+        gpus = num_gpus(config)
+        if gpus and (processes or 0) > gpus:
+            raise ConfigError(
+                f"--processes {processes}: this machine has {gpus} GPUs, and two processes cannot share one. Use "
+                f"--processes {gpus} or less, or train.device=cpu"
+            )
+        # Where the recipe says "none" it means one process.
+        processes = processes or (1 if config.parallel.strategy == "none" else max(1, gpus))
+    return run_job(job, Console()) if processes == 1 else spawn(job, processes)
 
 
-def num_processes(config: RunConfig) -> int:
-    """One per visible GPU for a run that is to use all of them; else 1."""
-    if config.train.device not in ("auto", "cuda") or config.parallel.strategy == "none":
-        return 1
+def num_gpus(config: RunConfig) -> int:
+    """GPUs that this process sees, for a run that is to use all of them; else 0."""
+    if config.train.device not in ("auto", "cuda"):
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def spawn(job: Job, processes: int) -> int:

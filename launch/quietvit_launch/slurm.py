@@ -22,9 +22,9 @@ from submitit.slurm.slurm import SlurmExecutor
 from quietvit.config.load import ConfigError, from_mapping
 from quietvit.config.schema import RunConfig
 from quietvit.files import write_text
-from quietvit_launch.job import Job, check_data, prepare_run_dir, withdraw
+from quietvit_launch.job import Job, check_data, check_same_run, prepare_run_dir, withdraw
 from quietvit_launch.snapshot import snapshot_path, take_snapshot
-from quietvit_launch.tasks import Evaluate, Train
+from quietvit_launch.tasks import Evaluate, Evaluation, Train
 
 LOGS = "slurm"  # folder of a run or sweep: scripts, logs, pickled jobs
 RECORD = Path("slurm", "job.json")  # of a run: its job, for `quietvit jobs` and `cancel`
@@ -185,20 +185,21 @@ def submit(
     slurm: SlurmConfig,
     folder: Path,
     *,
-    evaluation: Callable[[Path], tuple[str, ...]] | None = None,
+    evaluation: Evaluation | None = None,
     dry_run: bool = False,
 ) -> int:
     """Submit runs: one as a job, several as an array, with logs and code in `folder`. Returns the exit code 0.
 
-    What runs are the settings and the code of now: both are copied. `evaluation(run folder)` gives the arguments of
-    `quietvit eval` for the job that follows each. `dry_run` prints the scripts and writes nothing. Raises ConfigError
+    What runs are the settings and the code of now: both are copied. `evaluation` is the job that follows each, if it
+    ends well. `dry_run` prints the scripts and writes nothing. Raises ConfigError
     for settings that cannot be, where there is no Slurm, and for what sbatch refuses.
     """
     folder = folder.expanduser().resolve()
     outs = [Path(job.out_dir).expanduser().resolve() for job in jobs]
     configs = [job.config() for job in jobs]
-    for config in configs:
+    for out, config in zip(outs, configs, strict=True):
         check_share(config, slurm)
+        check_same_run(out, config)
         if slurm.check_data:
             check_data(config)
     # Frozen: the recipe may be edited before the job starts, or starts again.
@@ -231,7 +232,7 @@ def submit(
         executor = make_executor(
             place, folder / LOGS, snapshot_path(folder), name=f"{folder.name}-eval", dependency=after
         )
-        follow = _submitted(executor, [Evaluate(evaluation(out)) for out in outs])
+        follow = _submitted(executor, [Evaluate(evaluation, out) for out in outs])
     for out, own, next_one in zip(outs, ids, follow, strict=True):
         _record(out, own, next_one, folder / LOGS)
         print(f"job {own}: {out}" + (f", then job {next_one} evaluates it" if next_one else ""))
@@ -255,9 +256,7 @@ def _record(out: Path, job: str, evaluation: str, logs: Path) -> None:
     write_text(out / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def _show(
-    slurm: SlurmConfig, folder: Path, jobs: Sequence[Job], evaluation: Callable[[Path], tuple[str, ...]] | None
-) -> None:
+def _show(slurm: SlurmConfig, folder: Path, jobs: Sequence[Job], evaluation: Evaluation | None) -> None:
     code, count = snapshot_path(folder), None if len(jobs) == 1 else len(jobs)
     print(f"# Dry run: nothing was written or submitted. In {os.getcwd()} sbatch would get:\n")
     print(make_executor(slurm, folder / LOGS, code, name=folder.name).script(count))
@@ -269,4 +268,5 @@ def _show(
         script = make_executor(place, folder / LOGS, code, name=f"{folder.name}-eval", dependency=after).script(count)
         print(f"\n# and when that has ended well:\n\n{script}")
         for job in jobs:
-            print(f"# runs: quietvit eval {shlex.join(evaluation(Path(job.out_dir)))}")
+            each = "each of step_*" if evaluation.each else None
+            print(f"# runs: quietvit {shlex.join(evaluation.words(Path(job.out_dir), each))}")

@@ -12,9 +12,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quietvit.config.load import ConfigError
-from quietvit_launch.job import Job, on_first_rank, write_status
+from quietvit_launch.job import STATUS, Job, on_first_rank, write_status
 from quietvit_launch.worker import run_rank, told
 
 STARTS = Path("slurm", "starts.jsonl")  # in the run folder, a line per start
@@ -38,11 +39,16 @@ class Train:
                 self._begin()
         if _time_left() < self.signal_delay_s:  # the warning came before there was a task to hear it
             os.kill(os.getpid(), signal.SIGUSR2)
-        code = run_rank(self.job, apart=False, after=self._leave)
+        code = run_rank(self.job, apart=False, after=self._leave, failed=self._failed)
         if code:
             sys.stdout.flush()
             raise SystemExit(code)
         return 0
+
+    def _failed(self, message: str) -> None:
+        """Note why, for `quietvit jobs`; what the first rank says counts, else the first that says something."""
+        if os.environ["RANK"] == "0" or read_json(self.out_dir / STATUS).get("state") != "failed":
+            write_status(self.out_dir, "failed", message=message)
 
     @property
     def out_dir(self) -> Path:
@@ -108,19 +114,43 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """`quietvit eval` with these arguments."""
+class Evaluation:
+    """What `quietvit eval` is to do with a run once it is trained: the teacher, or that of each kept checkpoint."""
 
-    arguments: tuple[str, ...]
+    tasks: str
+    data: str
+    more: tuple[str, ...] = ()
+    each: bool = False
+
+    def words(self, run: Path, checkpoint: str | None = None) -> tuple[str, ...]:
+        """The command line, for the run's newest teacher or for a folder of its checkpoints."""
+        model = run if checkpoint is None else run / "checkpoints" / checkpoint
+        cards = () if checkpoint is None else ("--out", str(run / "eval" / checkpoint))
+        return ("eval", self.tasks, *self.more, "--model", str(model), "--data", self.data, *cards)
+
+    def evaluate(self, run: Path) -> int:
+        """Run it; returns the first exit code that is not 0, else 0."""
+        from quietvit_launch.cli import main
+
+        kept = sorted(p.name for p in (run / "checkpoints").glob("step_*")) if self.each else [None]
+        for checkpoint in kept:
+            if code := main(self.words(run, checkpoint)):
+                return code
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The job that follows a run."""
+
+    evaluation: Evaluation
+    run: Path
 
     def __call__(self) -> int:
         """0 when the cards are written; anything else ends by SystemExit, so that the job counts as failed."""
         begin_task()
-        from quietvit_launch.cli import main
-
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR2, signal.SIGTERM))
-        code = main(["eval", *self.arguments])
-        if code:
+        if code := self.evaluation.evaluate(self.run):
             raise SystemExit(code)
         return 0
 
@@ -140,6 +170,15 @@ def begin_task() -> None:
     os.environ["MASTER_ADDR"] = here.hostnames[0]
     # Below the ports that systems hand out to anybody (32768 on Linux), and another for each job of a node.
     os.environ["MASTER_PORT"] = str(10000 + int(os.environ["SLURM_JOB_ID"]) % 10000)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or nothing that can be read."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def newest_step(out_dir: Path) -> int:

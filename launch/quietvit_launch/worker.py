@@ -29,7 +29,13 @@ def launched() -> bool:
     return all(name in os.environ for name in RENDEZVOUS)
 
 
-def run_rank(job: Job, *, apart: bool = True, after: Callable[[int], int] = int) -> int:
+def run_rank(
+    job: Job,
+    *,
+    apart: bool = True,
+    after: Callable[[int], int] = int,
+    failed: Callable[[str], None] | None = None,
+) -> int:
     """Join the group that the environment describes, run the job, leave the group. Returns the exit code.
 
     Signals that come before the loop can stop at them are kept for it. An error is told on stderr with the rank before
@@ -37,11 +43,12 @@ def run_rank(job: Job, *, apart: bool = True, after: Callable[[int], int] = int)
 
     `apart`: leave the terminal's process group: a Ctrl-C there reaches the launcher, which sends it to each rank, and
     twice would mean to stop without saving. `after(exit code)` is called, and its value returned, inside the group.
+    `failed(message)` is called before an error ends the process.
     """
     if apart:
         with contextlib.suppress(OSError):
             os.setpgrp()
-    with StopRequest(), told():
+    with StopRequest(), told(failed):
         # Sent between fork and here, under quietvit_launch.early, they are delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
         with group(job.config()):
@@ -86,7 +93,7 @@ def group(config: RunConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def told(failed: Callable[[str], None] | None = None) -> Iterator[None]:
     """Errors become a message (the user's) or a traceback (ours) with the rank before it, and end this process."""
     try:
         yield
@@ -96,7 +103,10 @@ def told() -> Iterator[None]:
         message = message_for_user(error)
         said = message if message is not None else traceback.format_exc().rstrip()
         before = f"rank {rank()}: "
-        print(f"quietvit: {said if said.startswith(before) else before + said}", file=sys.stderr, flush=True)
+        said = said if said.startswith(before) else before + said
+        print(f"quietvit: {said}", file=sys.stderr, flush=True)
+        if failed is not None:
+            failed(said if message is not None else before + said.splitlines()[-1])
         sys.stdout.flush()
         # Straight out: threads that wait in a collective would keep the process alive.
         os._exit(EXIT_USER_ERROR if message is not None else EXIT_FAULT)

@@ -137,6 +137,17 @@ def test_what_sbatch_refuses_leaves_nothing(tmp_path: Path, images: Path, capfd:
     assert not out.exists()
 
 
+def test_a_job_that_fails_by_itself_is_not_started_again(tmp_path: Path, images: Path) -> None:
+    out = tmp_path / "run"
+    train(out, images, "data.path=/nowhere", "slurm.check_data=false", "slurm.nodes=2")
+    wait("the end", lambda: state(out) not in ("queued", "running"))
+    row = jobs.look(out, jobs.ask([out]))
+    assert (row.state, row.step) == ("failed", 0), log(out)
+    assert row.message.startswith("rank 0: ")
+    assert "/nowhere does not exist" in row.message
+    assert len((out / "slurm" / "starts.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_sweep_is_an_array_and_evaluations_follow(tmp_path: Path, images: Path) -> None:
     words = [f"data.path={images}", *COMMON, *NODE, "train.steps=3", "model.num_registers=0,2"]
     judge = ["--eval", "knn", "--data", "scenes", "--eval-args", "--limit-train 40 --limit-test 20 --size 32"]
@@ -190,3 +201,18 @@ def test_the_end_of_the_time_is_not_the_end_of_the_run(tmp_path: Path, images: P
     whole = weights(tmp_path / "whole")
     for name, value in weights(timed).items():
         assert torch.equal(value, whole[name]), name
+
+
+def test_a_job_in_the_way_of_another_goes_on_after_it(tmp_path: Path, images: Path) -> None:
+    # Last: it pushes all others off the cluster.
+    out = tmp_path / "run"
+    train_slowly(out, images, 1.0, "slurm.nodes=2", "train.steps=10", "checkpoint.every=1000")
+    wait("training", lambda: len(numbers(out)) > 1)
+    other = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(other, check=True, capture_output=True)
+    wait("the end", lambda: state(out) not in ("queued", "running"))
+    assert state(out) == "finished", log(out)
+    starts = [json.loads(line)["step"] for line in (out / "slurm" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[1] > 1
+    assert [r["step"] for r in numbers(out)] == list(range(1, 11))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quietvit.config.load import load_config, to_yaml
 from quietvit_launch import cli
 from quietvit_launch.job import Job
 
@@ -34,6 +35,9 @@ def test_wrong_words_are_answered_without_torch(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     train, slurm = ["train", "quickstart", *out], ["train", "quickstart", *out, "--on", "slurm"]
     sweep = ["sweep", "quickstart", *out]
+    old = tmp_path / "old"
+    (old / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (old / "config.yaml").write_text(to_yaml(load_config("quickstart", ["train.steps=7"])))
     expected = {
         "invalid choice: 'slum'": [*train, "--on", "slum"],
         "--processes: '0' is not a whole number of at least 1": [*train, "--processes", "0"],
@@ -52,7 +56,7 @@ def test_wrong_words_are_answered_without_torch(tmp_path: Path) -> None:
         "there is no Slurm here: sbatch is not on PATH": slurm,
         "torchrun did not start this process. Type\n": [*train, "--on", "torchrun"],
         "--data must say which labelled images": [*train, "--eval", "knn"],
-        "--data and --eval-args go with --eval": [*train, "--data", "scenes"],
+        "--data, --eval-args and --eval-each go with --eval": [*train, "--data", "scenes"],
         "unknown task 'knm'": [*train, "--eval", "knm", "--data", "scenes"],
         "--limit-test: 'few'": [*train, "--eval", "knn", "--data", "scenes", "--eval-args", "--limit-test few"],
         "nothing to sweep": [*sweep, "train.steps=9"],
@@ -60,6 +64,17 @@ def test_wrong_words_are_answered_without_torch(tmp_path: Path) -> None:
         "has the value 9 twice": [*sweep, "train.steps=9,9"],
         "Did you mean 'train.steps'?": [*sweep, "train.stepz=9,8"],
         "invalid choice: 'torchrun'": [*sweep, "train.steps=9,8", "--on", "torchrun"],
+        "train.steps: 7 -> 9": ["train", "quickstart", "train.steps=9", "--out", str(old)],
+        "train.steps: 7 -> 8": [
+            "train",
+            "quickstart",
+            "train.steps=8",
+            "--out",
+            str(old),
+            "--on",
+            "slurm",
+            "--dry-run",
+        ],
         "there is no folder nowhere": ["jobs", "nowhere"],
         "nowhere is not queued or running": ["cancel", "nowhere"],
     }

@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quietvit.config.load import ConfigError, load_config
+from quietvit.config.load import ConfigError
 from quietvit.train.metrics import read_metrics
 from quietvit.train.signals import StopRequest
 from quietvit_launch import worker
 from quietvit_launch.job import Job, on_first_rank
 from quietvit_launch.jobs import look
-from quietvit_launch.local import num_processes, run_locally
+from quietvit_launch.local import run_locally
 from tiny_run import RECIPE, make_images
 
 SLOW = Path(__file__).parents[1] / "slurm" / "slow"
@@ -119,12 +119,21 @@ def test_torchrun(tmp_path: Path, images: Path) -> None:
 # ---- in this process
 
 
-def test_one_process_unless_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_per_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quietvit_launch.local.spawn", lambda job, count: 100 + count)
+    monkeypatch.setattr("quietvit_launch.local.run_job", lambda job, console: 101)
+
+    def processes(asked: int | None, *settings: str) -> int:
+        return run_locally(Job("quickstart", settings, str(tmp_path)), asked) - 100
+
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    for settings, number in ((), 4), (("train.device=cpu",), 1), (("parallel.strategy=none",), 1):
-        assert num_processes(load_config("quickstart", settings)) == number
+    assert (processes(None), processes(1), processes(3)) == (4, 1, 3)
+    assert (processes(None, "train.device=cpu"), processes(8, "train.device=cpu")) == (1, 8)
+    assert processes(None, "parallel.strategy=none") == 1
+    with pytest.raises(ConfigError, match=r"--processes 5: this machine has 4 GPUs.*Use --processes 4 or less"):
+        processes(5)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert num_processes(load_config("quickstart")) == 1
+    assert (processes(None), processes(2)) == (1, 2)
 
 
 def test_data_are_checked_before_processes_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

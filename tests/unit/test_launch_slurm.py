@@ -15,9 +15,8 @@ import pytest
 from quietvit.config.load import ConfigError
 from quietvit_launch import cli, tasks
 from quietvit_launch.job import Job
-from quietvit_launch.jobs import _read
 from quietvit_launch.slurm import SlurmConfig, for_evaluation, load_slurm
-from quietvit_launch.tasks import Train
+from quietvit_launch.tasks import Evaluation, Train, read_json
 
 USR2, TERM = 128 + signal.SIGUSR2, 128 + signal.SIGTERM
 
@@ -121,6 +120,22 @@ def test_scripts_of_a_sweep_and_its_evaluations(tmp_path: Path, capsys: pytest.C
     assert judge.count("# runs: quietvit eval knn,linear --model") == 3
 
 
+def test_every_kept_checkpoint_is_judged_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 2):
+        (tmp_path / "checkpoints" / f"step_{step:08}").mkdir(parents=True)
+    judged: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(
+        "quietvit_launch.evaluation.run_evaluation", lambda args: judged.append((args.model, args.out)) or 0
+    )
+    assert Evaluation("knn", "scenes", each=True).evaluate(tmp_path) == 0
+    names = ("step_00000002", "step_00000010")
+    assert judged == [(str(tmp_path / "checkpoints" / n), str(tmp_path / "eval" / n)) for n in names]
+    monkeypatch.setattr("quietvit_launch.evaluation.run_evaluation", lambda args: judged.append(args) or 130)
+    judged.clear()
+    assert Evaluation("knn", "scenes", each=True).evaluate(tmp_path) == 130
+    assert len(judged) == 1
+
+
 # ---- running again
 
 
@@ -153,7 +168,7 @@ def requeued(folder: Path) -> bool:
 
 
 def message(folder: Path) -> tuple[str, str]:
-    status = _read(folder / "run" / "status.json")
+    status = read_json(folder / "run" / "status.json")
     return status.get("state", ""), status.get("message", "")
 
 
@@ -226,6 +241,18 @@ def test_starts_without_a_step_between_them_end(slurm: Path, monkeypatch: pytest
     a_start(slurm, 6)
     steps = [json.loads(line)["step"] for line in (slurm / "run" / tasks.STARTS).read_text().splitlines()]
     assert steps == [5, 5, 5, 5, 6, 6]
+
+
+def test_the_reason_of_a_failure_is_kept_for_the_list(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = a_start(slurm, 5)
+    for rank, told, kept in (
+        ("1", "lost rank 0", "lost rank 0"),
+        ("0", "disk full", "disk full"),
+        ("2", "x", "disk full"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        task._failed(told)
+        assert message(slurm) == ("failed", kept)
 
 
 def test_a_scontrol_that_fails_is_told(slurm: Path) -> None:
