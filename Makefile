@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench clean
+.PHONY: help setup demo test test-fast test-slurm check format bench clean
 
 help:  ## list the targets
 	@echo "quietvit: make TARGET"
@@ -51,6 +51,9 @@ test: $(STAMP)  ## every test; needs no GPU
 
 test-fast: $(STAMP)  ## the tests that take under 20 seconds each
 	$(PYTEST) -m "not slow"
+
+test-slurm: $(STAMP)  ## runs on a real Slurm of this machine alone; root on Debian or Ubuntu, which it may install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 check: $(STAMP)  ## formatting, lint, layers of imports, types
 	$(BIN)/ruff format --check

@@ -47,6 +47,7 @@ setup(
         "scipy>=1.13",  # splits.mat of NYUd
         "h5py>=3.11",  # nyu_depth_v2_labeled.mat
         "fvcore>=0.1.5.post20221221",  # multiply-adds of `quietvit info`
+        "submitit>=1.5.2",  # jobs on Slurm
     ],
     extras_require={
         "cuda": ["xformers>=0.0.34"],  # the first built for torch 2.10

@@ -172,6 +172,7 @@ def advance(training: Training, step: int, batch: Batch, watch: Stopwatch) -> fl
             device=training.device,
             precision=training.precision,
             state=running_buffers(training.method),
+            engine=training.engine,
         )
     assert not outcome.broken, outcome.broken
     return clock(training.device) - start

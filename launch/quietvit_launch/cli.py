@@ -8,22 +8,25 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report, at_least
+from quietvit_launch.commands import add_launching, at_least
+from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report
 from quietvit_launch.mistakes import message_for_user
 from quietvit_launch.stopping import exit_code
 
 EXIT_USER_ERROR = 2
-# Commands that take settings: the argument that holds them, and an example.
-SETTINGS = {"train": ("overrides", "train.steps=1000"), "eval": ("settings", "steps=500")}
+# Arguments that hold settings, of whatever command, and an example of one.
+SETTINGS = {"overrides": "train.steps=1000", "settings": "steps=500"}
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
     parser = argparse.ArgumentParser(
         prog="quietvit", description="Self-supervised pretraining of vision transformers with registers."
     )
     parser.add_argument("--version", action="version", version=f"quietvit {metadata.version('quietvit')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
+    add_launching(commands)
+    _add_recipes(commands)
     add_eval(commands, _eval)
     add_protocols(commands, _protocols)
     add_report(commands, _compare, _show)
@@ -36,16 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    train = commands.add_parser(
-        "train",
-        help="pretrain a backbone; the same command resumes",
-        epilog="example: quietvit train own_images data.path=~/photos --out runs/photos",
-    )
-    train.add_argument("recipe", help="name of a shipped recipe (see `quietvit recipes`) or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    train.add_argument("--out", required=True, help="run folder; a run found there with the same settings is resumed")
-    train.set_defaults(run=_train)
+def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or print one with all its settings")
     recipes.add_argument("name", nargs="?")
     recipes.set_defaults(run=_recipes)
@@ -72,14 +66,6 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     info.add_argument("--image-size", type=at_least(1), default=224, help="image side in pixels (default: 224)")
     info.add_argument("--format", choices=("table", "json"), default="table")
     info.set_defaults(run=_info)
-
-
-def _train(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from quietvit_launch.job import Job, run_job
-
-    return run_job(Job(args.recipe, tuple(args.overrides), args.out), Console())
 
 
 def _recipes(args: argparse.Namespace) -> int:
@@ -149,14 +135,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. A user's mistake is one message on stderr and exit code 2; a fault of ours is a traceback."""
-    parser = _parser()
+    parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
-    if args.command in SETTINGS and not any(word.startswith("-") for word in rest):
-        name, _ = SETTINGS[args.command]
+    name = next((n for n in SETTINGS if hasattr(args, n)), None)
+    if name is not None and not any(word.startswith("-") for word in rest):
         setattr(args, name, [*getattr(args, name), *rest])
     elif rest:
-        hint = f": settings are written key=value, e.g. {SETTINGS[args.command][1]}" if args.command in SETTINGS else ""
+        hint = f": settings are written key=value, e.g. {SETTINGS[name]}" if name is not None else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     run: Callable[[argparse.Namespace], int] = args.run
     try:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
+from quietvit_launch.commands import at_least
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
@@ -26,17 +28,6 @@ REPORT_EXAMPLES = """examples:
   quietvit report compare runs/a/eval/knn_class_model_1a2b3c4d.json runs/b/eval/knn_class_model_5e6f7a8b.json
   quietvit report compare runs/a --against random-init
 """
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: whole numbers from `least`."""
-
-    def number(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def above_zero(text: str) -> float:

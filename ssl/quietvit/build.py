@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from quietvit import schedules
+from quietvit import dist, schedules
 from quietvit.backbones import Trunk, make_backbone
-from quietvit.config.load import config_hash
+from quietvit.config.load import ConfigError, config_hash
 from quietvit.config.resolve import Plan, plan
 from quietvit.config.schema import HeadConfig, RunConfig
 from quietvit.contracts import Batch
@@ -36,6 +36,7 @@ from quietvit.train.device import (
     Shapes,
     fitting_batch,
     free_memory,
+    own_device,
     pick_device,
     pick_precision,
     step_memory,
@@ -44,6 +45,7 @@ from quietvit.train.environment import environment
 from quietvit.train.health import Probe
 from quietvit.train.held_out import choose_held_out
 from quietvit.train.loop import Training
+from quietvit.train.parallel import parallelise, pick_strategy
 from quietvit.weights.native import save_teacher
 
 
@@ -55,7 +57,8 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.set_float32_matmul_precision("high")
-    device = pick_device(config.train.device)
+    device = own_device(pick_device(config.train.device))
+    strategy = pick_strategy(config.parallel.strategy)
     precision = pick_precision(config.train.precision, device)
     source = _open_source(config)
     torch.manual_seed(config.train.seed)
@@ -65,16 +68,27 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         config, step_shapes(config, method.student), device, precision, num_images=len(source), run_dir=run_dir
     )
     the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=backbone.stride)
-    write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
-    bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share)
+    if dist.rank() == 0:
+        write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
+    bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share, rank=dist.rank())
     parameters = sum(p.numel() for p in backbone.parameters())
+    engine = parallelise(
+        method,
+        strategy=strategy,
+        checkpointing=config.parallel.checkpointing,
+        compile_blocks=config.parallel.compile,
+        device=device,
+        precision=precision,
+    )
+    processes = dist.world_size()
+    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type}, {strategy})"
     console.print(
         f"data: {source.name}\n"
         f"model: {config.model.backbone} {config.model.size}, patch {backbone.stride}, {config.model.num_registers} "
         f"registers, {parameters / 1e6:.2f} M parameters\n"
         f"run: {the_plan.steps} steps of {batch_size} images = {the_plan.passes:.1f} passes, "
         f"peak lr {the_plan.lr:.2g}\n"
-        f"on: {device}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about {memory / GIB:.1f} GiB needed, "
+        f"on: {where}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about {memory / GIB:.1f} GiB needed, "
         f"{free_memory(device) / GIB:.1f} GiB free",
         highlight=False,
         soft_wrap=True,
@@ -102,6 +116,9 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         meta={"config_hash": config_hash(config), "batch_size": batch_size},
         embed_dim=backbone.embed_dim,
         prototypes=config.objective.head.num_prototypes,
+        engine=engine,
+        background=config.checkpoint.background,
+        timeout=config.parallel.timeout,
         console=console,
     )
 
@@ -163,6 +180,7 @@ def build_method(config: RunConfig) -> Any:
         koleo_weight=objective.koleo_weight,
         ibot_denominator=objective.ibot_denominator,
         koleo_crops=objective.koleo_crops,
+        koleo_across_ranks=objective.koleo_across_ranks,
         mean=config.data.mean,
         std=config.data.std,
     )
@@ -239,6 +257,8 @@ def _batches(
         patch_grid=the_plan.grid,
         mask_probability=config.masks.probability,
         mask_ratio=config.masks.ratio,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
     )
 
     def batches(start: int) -> Iterator[Batch]:
@@ -287,15 +307,29 @@ def _batch_size(
     num_images: int,
     run_dir: Path,
 ) -> tuple[int, int]:
-    """Images per step and the estimated bytes that a step takes."""
-    accumulate, size = config.train.accumulate, 2 if precision is torch.bfloat16 else 4
+    """Images per step over all ranks, and the estimated bytes that a step takes on each.
+
+    Raises ConfigError for a batch that the ranks and their micro-batches cannot share evenly.
+    """
+    accumulate, size, ranks = config.train.accumulate, 2 if precision is torch.bfloat16 else 4, dist.world_size()
     batch = config.train.batch_size
     if isinstance(batch, str):
         # A resumed run keeps the batch it began with, however much memory is free now.
-        batch = _batch_of_checkpoint(run_dir) or fitting_batch(
-            shapes, free_memory(device), bytes_per_value=size, accumulate=accumulate, most=min(MOST_IMAGES, num_images)
+        own = fitting_batch(
+            shapes,
+            free_memory(device),
+            bytes_per_value=size,
+            accumulate=accumulate,
+            most=min(MOST_IMAGES, num_images // ranks),
         )
-    return batch, step_memory(shapes, batch // accumulate, bytes_per_value=size, accumulate=accumulate)
+        batch = _batch_of_checkpoint(run_dir) or ranks * min(dist.gather_objects(own))
+    if batch % (ranks * accumulate):
+        raise ConfigError(
+            f"train.batch_size={batch} cannot be shared evenly by {ranks} processes with train.accumulate={accumulate}"
+            f": use a multiple of {ranks * accumulate}"
+        )
+    own = batch // ranks // accumulate
+    return batch, step_memory(shapes, own, bytes_per_value=size, accumulate=accumulate)
 
 
 def _batch_of_checkpoint(run_dir: Path) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 __all__ = ["BadSample", "Batch", "Extractor", "Features", "Targets"]
 
@@ -76,6 +77,15 @@ class Features:
     cls: Float[Tensor, "B D"]
     registers: Float[Tensor, "B R D"]
     patches: Float[Tensor, "B h w D"]
+
+
+# Engines that look for tensors in what a module returns (FSDP2's hooks, torch.export) find them in here.
+register_pytree_node(
+    Features,
+    lambda f: ([f.cls, f.registers, f.patches], None),
+    lambda values, _: Features(*values),
+    serialized_type_name="quietvit.contracts.Features",
+)
 
 
 @runtime_checkable

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from quietvit import dist
+
 __all__ = ["apply_schedule", "clip_by_module", "make_optimizer", "parameter_groups"]
 
 # Everything before the first block: tokens, position table, patch stem, tokens-to-token stem.
@@ -105,5 +107,5 @@ def clip_by_module(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
     norms = {}
     for key, module in modules.items():
         norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm, foreach=True)
-        norms[key] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients (FSDP2)
+        norms[key] = dist.whole(norm)
     return norms

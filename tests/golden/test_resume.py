@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quietvit.train.checkpoint import load
+from quietvit.train.checkpoint import find, read_whole
 from quietvit.train.metrics import read_metrics
 
 STEPS = 24
@@ -97,18 +97,19 @@ def test_a_tokens_to_token_stem_resumes_as_exactly(tmp_path: Path) -> None:
 
 def check_resumed(run: Path, uninterrupted: Path, workers: int, step: int, backbone: str = "vit") -> None:
     kill_after(run, workers, step, backbone)
-    found = load(run)
+    found = find(run)
     assert found is not None
     assert found.step < STEPS, "the run ended before it was killed"
     again = subprocess.run(command(run, workers, backbone), capture_output=True, text=True, timeout=500)
     assert again.returncode == 0, again.stderr
     assert f"resuming {run} from step {found.step} of {STEPS}" in again.stdout.replace("\n", "")
     assert losses(run) == losses(uninterrupted)
-    a, b = load(run), load(uninterrupted)
+    a, b = find(run), find(uninterrupted)
     assert a is not None
     assert b is not None
-    assert a.tensors.keys() == b.tensors.keys()
-    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in b.tensors)
+    one, other = read_whole(a), read_whole(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_signals_save_and_leave_cleanly(uninterrupted: Path, tmp_path: Path, num
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    found = load(tmp_path)
+    found = find(tmp_path)
     assert found is not None
     assert f"{number.name}: saved at step {found.step} of {STEPS}; the same command resumes" in out
     subprocess.run(command(tmp_path, 0), check=True, capture_output=True, timeout=500)

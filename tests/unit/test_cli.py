@@ -142,7 +142,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_settings_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
-    monkeypatch.setattr("quietvit_launch.job.run_job", lambda job, console: jobs.append(job) or 0)
+    monkeypatch.setattr("quietvit_launch.local.run_locally", lambda job, processes: jobs.append(job) or 0)
     assert cli.main(["train", "quickstart", "a.b=1", "--out", "x", "c.d=2", "e.f=3"]) == 0
     assert cli.main(["train", "--out", "x", "quickstart", "a.b=1", "c.d=2", "e.f=3"]) == 0
     assert [(j.recipe, j.overrides, j.out_dir) for j in jobs] == [("quickstart", ("a.b=1", "c.d=2", "e.f=3"), "x")] * 2

@@ -53,10 +53,10 @@ def train(out: Path) -> str:
 
 
 def tensors(run_dir: Path) -> dict[str, Tensor]:
-    found = checkpoint.load(run_dir)
+    found = checkpoint.find(run_dir)
     assert found is not None
     assert found.step == STEPS
-    return found.tensors
+    return checkpoint.read_whole(found)
 
 
 def curves(run_dir: Path) -> list[dict[str, object]]:
@@ -228,9 +228,9 @@ def test_recomputing_the_stem_changes_no_number(images: Path, tmp_path: Path) ->
     for recompute in ("false", "true"):
         folder = tmp_path / recompute
         run(t2t_training(folder, images, "train.steps=3", f"model.stem.recompute={recompute}"))
-        found = checkpoint.load(folder)
+        found = checkpoint.find(folder)
         assert found is not None
-        stored.append(found.tensors)
+        stored.append(checkpoint.read_whole(found))
     assert [k for k in stored[0] if not torch.equal(stored[0][k], stored[1][k])] == []
 
 

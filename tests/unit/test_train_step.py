@@ -43,6 +43,7 @@ def step(training: Training, batch: Batch, *, parts: int = 2, at: StepValues = A
         device=training.device,
         precision=training.precision,
         state=running_buffers(training.method),
+        engine=training.engine,
     )
 
 

@@ -218,6 +218,12 @@ class Trunk(nn.Module, ABC):
         x, groups, _ = self._embed(images, masks)
         return unpack(self._run_blocks(x, groups, ())[0], groups)
 
+    def before_and_after_norm(self, images: Float[Tensor, "b 3 H W"]) -> tuple[Features, Features]:
+        """Features of the last block, before the final norm (where artifacts show) and after it."""
+        x, groups, grids = self._embed([images], None)
+        tokens = unpack(self._run_blocks(x, groups, ())[0], groups)[0]
+        return self.split(tokens, grids[0], norm=False), self.split(tokens, grids[0])
+
     def split(self, tokens: Float[Tensor, "b T D"], grid: Grid, *, norm: bool = True) -> Features:
         """Tokens as Features, through the final norm unless told otherwise."""
         width = tokens.shape[-1]

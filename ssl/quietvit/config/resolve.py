@@ -92,6 +92,8 @@ def check_values(config: RunConfig) -> None:
         "train.precision": (config.train.precision, ("auto", "fp32", "bf16")),
         "objective.centering": (config.objective.centering, ("sinkhorn_knopp", "softmax")),
         "crops.blur": (config.crops.blur, ("reference_as_run", "paper", "none")),
+        "parallel.strategy": (config.parallel.strategy, ("auto", "none", "ddp", "fsdp")),
+        "parallel.checkpointing": (config.parallel.checkpointing, ("none", "selective", "full")),
     }
     for name, (value, good) in choices.items():
         if value not in good:
@@ -114,6 +116,8 @@ def check_values(config: RunConfig) -> None:
     }.items():
         if count < 1:
             raise ConfigError(f"{name}={count}: must be at least 1")
+    if not config.parallel.timeout > 0:
+        raise ConfigError(f"parallel.timeout={config.parallel.timeout}: seconds, more than 0")
     batch = config.train.batch_size
     if isinstance(batch, str) and batch != "auto":
         raise ConfigError(f"train.batch_size={batch!r}: a number, or auto")

@@ -69,6 +69,7 @@ class ObjectiveConfig:
     student_temp: float = 0.1  # short recipe
     ibot_denominator: str = "all_crops"  # reference; "masked_crops" is the iBOT paper's sum (twice as large)
     koleo_crops: str = "both"  # reference code; "first" is the text of [D2]
+    koleo_across_ranks: bool = False  # neighbours on each GPU alone, as [D2]; true: among the images of all
     separate_heads: bool = False  # short recipe; the long ones have True
     head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig = field(default_factory=HeadConfig)  # read if separate_heads
@@ -162,6 +163,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How one run spreads over several processes, and what a step trades for memory."""
+
+    strategy: str = "auto"  # "none", "ddp", "fsdp"; "auto": none alone, else ddp
+    checkpointing: str = "none"  # of activations: "none", "selective", "full"
+    compile: bool = False  # torch.compile of each block
+    timeout: float = 600.0  # seconds without a step before a run ends, naming the rank that is missing (PyTorch: 600)
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     """What is watched while it trains."""
 
@@ -179,6 +190,7 @@ class CheckpointConfig:
 
     every: int = 1000  # steps (ours)
     keep: int = 3  # DINOv2
+    background: bool = False  # written while training goes on, from a copy in memory (with a process group only)
 
 
 @dataclass(frozen=True)
@@ -193,5 +205,6 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

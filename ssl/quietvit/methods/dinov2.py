@@ -189,7 +189,8 @@ class DinoV2(nn.Module):
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter; buffers are copied."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+        teacher, student = ([dist.own_part(p) for p in m.parameters()] for m in (self.teacher, self.student))
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
         buffers = list(self.teacher.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(self.student.buffers()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps, but torch sees no MPS device here: use cpu or auto")
     return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The CUDA device of this process (LOCAL_RANK, as every launcher sets it); any other device as it is."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(mine)
+    return mine
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from quietvit import dist
 from quietvit.contracts import Targets
 from quietvit.features.knn import knn_accuracy
 from quietvit.features.norms import outlier_share
@@ -41,12 +42,16 @@ class TargetGauge:
             self.rows += len(q)
 
     def read(self) -> dict[str, float]:
-        """Entropy in nats of one target and of the mean target, and how many prototypes were someone's favourite."""
+        """Over all ranks, which must all call: entropy in nats of one target and of the mean target, and how many
+        prototypes were someone's favourite."""
         if self.mean_target is None or self.used is None:
             return {}
-        mean = self.mean_target / self.mean_target.sum()
+        total = dist.sum_over_ranks(self.mean_target)
+        mean = total / total.sum()
+        self.used = dist.max_over_ranks(self.used.float()) > 0
+        entropy = dist.sum_over_ranks(torch.stack(self.entropies).mean()) / dist.world_size()
         values = {
-            "teacher/entropy": float(torch.stack(self.entropies).mean()),
+            "teacher/entropy": float(entropy),
             "teacher/mean_entropy": float(-torch.xlogy(mean, mean).sum()),
             "teacher/prototypes_used": float(self.used.sum()),
         }
@@ -69,6 +74,8 @@ class Probe:
     def look(self, backbone: nn.Module) -> dict[str, float]:
         """RankMe of [CLS], share of patch tokens with outlying norms, and k-NN where there are labels.
 
+        Under ranks all call: each looks at its share of the images, and all get the figures of the whole.
+
         Empty when no held-out image could be read: the training loop reports the images themselves.
         """
         if len(self.held_out.images) == 0:
@@ -87,23 +94,20 @@ class Probe:
         self, backbone: nn.Module, images: UInt8[Tensor, "Q 3 S S"]
     ) -> tuple[Float[Tensor, "Q D"], Float[Tensor, "Q N"]]:
         cls, norms = [], []
+        ranks = dist.world_size()
+        each = -(-len(images) // ranks)  # the same on all ranks; the last ones see some image twice
+        own = torch.arange(each * dist.rank(), each * (dist.rank() + 1)).clamp_max(len(images) - 1)
         mean = 255.0 * torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         std = 255.0 * torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        for chunk in images.split(CHUNK):
+        for chunk in images[own].split(CHUNK):
             x = (chunk.to(self.device).float() - mean) / std
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16):
-                tokens = backbone.tokens([x], [None])[0]  # type: ignore[operator]
-                features = backbone.split(tokens, self._grid(backbone, x))  # type: ignore[operator]
-            num_patches = features.patches.shape[1] * features.patches.shape[2]
-            cls.append(features.cls.float().cpu())
+                raw, normed = backbone.before_and_after_norm(x)  # type: ignore[operator]
+            cls.append(normed.cls.float())
             # Artifacts show before the final norm (Vision Transformers Need Registers, section 2).
-            norms.append(tokens[:, -num_patches:].float().norm(dim=-1).cpu())
-        return torch.cat(cls), torch.cat(norms)
-
-    @staticmethod
-    def _grid(backbone: nn.Module, x: Tensor) -> tuple[int, int]:
-        stride = int(backbone.stride)  # type: ignore[arg-type]
-        return x.shape[-2] // stride, x.shape[-1] // stride
+            norms.append(raw.patches.flatten(1, 2).float().norm(dim=-1))
+        whole, all_norms = (dist.gather_rows(torch.cat(rows))[: len(images)].cpu() for rows in (cls, norms))
+        return whole, all_norms
 
 
 def verdicts(values: dict[str, float], *, embed_dim: int, prototypes: int, progress: float) -> list[str]:

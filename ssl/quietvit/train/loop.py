@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,16 +13,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from quietvit import dist
 from quietvit.contracts import Batch
 from quietvit.data.quarantine import BadImages
 from quietvit.schedules import Schedules
 from quietvit.train import checkpoint, state
 from quietvit.train.accumulate import split
 from quietvit.train.health import Probe, TargetGauge, verdicts
-from quietvit.train.metrics import MetricsLog
+from quietvit.train.metrics import MetricsLog, NoMetrics
+from quietvit.train.parallel import Engine
 from quietvit.train.progress import Progress
 from quietvit.train.signals import StopRequest
 from quietvit.train.step import Method, Outcome, seed_step, train_step
+from quietvit.train.watch import Watch
 
 
 class TrainingStoppedError(RuntimeError):
@@ -53,6 +58,9 @@ class Training:
     meta: Mapping[str, object]  # goes into every checkpoint
     embed_dim: int
     prototypes: int
+    engine: Engine
+    background: bool = False  # checkpoints are written while training goes on
+    timeout: float = 600.0  # seconds without progress before a run of several processes ends (PyTorch's for NCCL)
     console: Console = field(default_factory=Console)
 
 
@@ -69,8 +77,17 @@ class Finished:
 def run(training: Training) -> Finished:
     """Train from the newest checkpoint of the run folder (or from the start) to the end or to a signal.
 
-    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError.
+    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError,
+    and LostRankError when another process is gone.
     """
+    with contextlib.closing(training.engine), Watch(training.timeout) as watch:
+        finished = _run(training, watch)
+        watch.at("end")
+        dist.barrier()  # nobody takes the group away while another still needs it
+        return finished
+
+
+def _run(training: Training, watch: Watch) -> Finished:
     saved = _resume(training)
     start = saved or 0
     if start >= training.steps:
@@ -78,35 +95,46 @@ def run(training: Training) -> Finished:
         return Finished(start, training.steps, None, 0.0)
     began = time.monotonic()
     images = training.batch_size
+    first = dist.rank() == 0
     with (
         StopRequest() as stop,
         # Without a checkpoint nothing is kept, the look at step 0 neither: it comes again.
-        MetricsLog(training.run_dir, resume_step=start if start else -1) as log,
+        MetricsLog(training.run_dir, resume_step=start if start else -1) if first else NoMetrics() as log,
         Progress(training.console, steps=training.steps, start=start, images_per_step=images) as progress,
+        contextlib.closing(
+            checkpoint.Writer(training.run_dir, keep=training.keep, background=training.background)
+        ) as writer,
     ):
-        loop = _Loop(training, log, progress)
+        loop = _Loop(training, log, progress, watch)
         if start == 0:
+            watch.at("health")
             loop.look(0, {})
         step = start
         batches = training.batches(start)
-        while step < training.steps and not stop:
-            loop.advance(step, batches)
+        leave = dist.anywhere(bool(stop), training.device)
+        while step < training.steps and not leave:
+            leave = loop.advance(step, batches, stop=lambda: bool(stop))
             step += 1
+            writer.settle()
             if step == training.steps or step % training.checkpoint_every == 0:
-                _save(training, step)
+                watch.at("checkpoint")
+                _save(training, writer, step)
                 saved = step
-        if stop:
+        if leave and step < training.steps:
             if saved != step:
-                _save(training, step)
+                watch.at("checkpoint")
+                _save(training, writer, step)
             progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
-    return Finished(step, training.steps, stop.signum, time.monotonic() - began)
+    signum = (stop.signum or int(signal.SIGTERM)) if leave and step < training.steps else None
+    return Finished(step, training.steps, signum, time.monotonic() - began)
 
 
 class _Loop:
     """What is carried from step to step."""
 
-    def __init__(self, training: Training, log: MetricsLog, progress: Progress) -> None:
+    def __init__(self, training: Training, log: MetricsLog | NoMetrics, progress: Progress, watch: Watch) -> None:
         self.t = training
+        self.watch = watch
         self.log = log
         self.progress = progress
         self.gauge = TargetGauge()
@@ -116,9 +144,10 @@ class _Loop:
         self.health: dict[str, float] = {}
         self.method: Method = training.method  # type: ignore[assignment]
 
-    def advance(self, step: int, batches: Iterator[Batch]) -> None:
-        """One step: batch `step` (counted from 0) becomes weights of step + 1."""
+    def advance(self, step: int, batches: Iterator[Batch], *, stop: Callable[[], bool]) -> bool:
+        """One step: batch `step` (counted from 0) becomes weights of step + 1. Returns whether a rank wants to stop."""
         t = self.t
+        self.watch.at("data", step + 1)
         before = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - before
@@ -135,6 +164,9 @@ class _Loop:
             device=t.device,
             precision=t.precision,
             state=running_buffers(t.method),
+            engine=t.engine,
+            stop=stop,
+            at_place=self.watch.at,
         )
         self.window = [*self.window[-49:], (time.monotonic() - before, waited)]
         seconds = sum(s for s, _ in self.window)
@@ -159,7 +191,9 @@ class _Loop:
         shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
         if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
+            self.watch.at("health")
             self.look(step + 1, self.gauge.read())
+        return outcome.stop
 
     def look(self, step: int, values: dict[str, float]) -> None:
         """The health check: held-out images through the teacher, figures to the log, sentences to the screen."""
@@ -195,10 +229,12 @@ def running_buffers(method: nn.Module) -> dict[str, Tensor]:
 
 def _resume(training: Training) -> int | None:
     """Step of the checkpoint the run goes on from; None: it starts."""
-    found = checkpoint.load(training.run_dir)
+    found = checkpoint.find(training.run_dir)
     if found is None:
         return None
-    state.restore(training.method, training.optimizer, found.tensors)
+    tensors = state.room_for(training.method, training.optimizer, found.shapes)
+    checkpoint.read(found, tensors)
+    state.restore(training.method, training.optimizer, tensors)
     _say(training, f"resuming {training.run_dir} from step {found.step} of {training.steps}")
     return found.step
 
@@ -207,13 +243,11 @@ def _say(training: Training, message: str) -> None:
     training.console.print(message, highlight=False, soft_wrap=True)  # a path cut in two cannot be copied
 
 
-def _save(training: Training, step: int) -> None:
+def _save(training: Training, writer: checkpoint.Writer, step: int) -> None:
     backbone: nn.Module = training.method.teacher["backbone"]  # type: ignore[index,assignment]
-    checkpoint.save(
-        training.run_dir,
+    writer.save(
         step,
         state.gather(training.method, training.optimizer),
         training.meta,
-        keep=training.keep,
         save_teacher=lambda folder: training.save_teacher(folder, backbone, step),
     )

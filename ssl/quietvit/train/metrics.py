@@ -30,6 +30,19 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
     return records
 
 
+class NoMetrics:
+    """What ranks other than the first write to."""
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Nothing is written."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        return None
+
+
 class MetricsLog:
     """Appends records to `<run>/metrics.jsonl` and `<run>/tensorboard`.
 

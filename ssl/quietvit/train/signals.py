@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask for a stop; the loop saves after the step it is in and leaves."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; the loop saves after the step it is in and leaves."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 
 
 class StopRequest:
-    """Context in which the three signals set `signum`. A second Ctrl-C stops at once, without saving."""
+    """Context in which a signal sets `signum`; the first one counts. A second Ctrl-C stops at once, without saving.
 
-    SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n))
+    Inside another StopRequest it takes over what that one has been asked: launchers open one before torch is imported,
+    so that a signal that comes before the loop is not lost.
+    """
+
+    SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -26,11 +30,14 @@ class StopRequest:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum = self.signum or signum
 
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
             self._old[number] = signal.signal(number, self._handle)
+            outer = getattr(self._old[number], "__self__", None)
+            if isinstance(outer, StopRequest):
+                self.signum = self.signum or outer.signum
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

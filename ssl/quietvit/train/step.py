@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quietvit import optim
+from quietvit import dist, optim
 from quietvit.contracts import Batch, Targets
 from quietvit.schedules import StepValues
 
@@ -38,17 +39,31 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did. `broken` names the terms that were not finite; if there are any, nothing was changed."""
+    """What a step did, the same on all ranks: losses are means over them.
+
+    `broken` names the terms that were not finite; if there are any, nothing was changed.
+    """
 
     losses: dict[str, float]
     grad_norms: dict[str, float]
     broken: tuple[str, ...]
-    targets: list[Targets]
+    targets: list[Targets]  # of this rank
+    stop: bool = False  # some rank was asked to stop
+
+
+class Engine(Protocol):
+    """How the student's losses are computed over ranks (quietvit.train.parallel)."""
+
+    @property
+    def study(self) -> Callable[[Batch, Targets], dict[str, Tensor]]: ...
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]: ...
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch for one step, so that stochastic depth is a function of (seed, step) and a resumed run repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) % (1 << 63))
+    """Seed torch for one step, so that stochastic depth is a function of (seed, step, rank) and a resumed run repeats
+    it."""
+    torch.manual_seed((seed * 1_000_003 + step + dist.rank() * 1_000_000_000_039) % (1 << 63))
 
 
 def train_step(
@@ -61,26 +76,38 @@ def train_step(
     device: torch.device,
     precision: torch.dtype,
     state: Mapping[str, Tensor],
+    engine: Engine,
+    stop: Callable[[], bool] = bool,
+    at_place: Callable[[str], None] = lambda place: None,
 ) -> Outcome:
     """One optimizer step over the micro-batches of one effective batch (DINOv2; order of training.md 4.0).
 
     `state` are the method's own running buffers (centers): they go back to what they were when the step is skipped.
+    `stop()` is asked at the end of the step: the outcome says whether any rank would, so that all leave together.
+    `at_place` is told "teacher", "student" and "step" as they begin.
     """
     before = {name: value.clone() for name, value in state.items()}
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16)
+    at_place("teacher")
     with autocast:
         targets = method.teach(batches, temp=at.teacher_temp)
+    at_place("student")
     sums: dict[str, Tensor] = {}
-    for batch, target in zip(batches, targets, strict=True):
-        with autocast:
-            losses = method.study(batch, target)
-        total = torch.stack([method.loss_weights[k] * v / len(batches) for k, v in losses.items()]).sum()
-        total.backward()
+    for number, (batch, target) in enumerate(zip(batches, targets, strict=True), start=1):
+        with engine.accumulating(last=number == len(batches)):
+            with autocast:
+                losses = engine.study(batch, target)
+            total = torch.stack([method.loss_weights[k] * v / len(batches) for k, v in losses.items()]).sum()
+            total.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / len(batches)
+    at_place("step")
     norms = optim.clip_by_module(method.trainable(), max_norm=clip)
     names = [*sums, *norms]
-    values = torch.stack([v.detach().float() for v in (*sums.values(), *norms.values())])
+    wishes = torch.tensor(float(stop()), device=device)
+    values = torch.stack([*(v.detach().float() for v in (*sums.values(), *norms.values())), wishes])
+    values = dist.sum_over_ranks(values) / dist.world_size()  # what is not finite anywhere is finite nowhere
+    names = [*names, "stop"]
     numbers = dict(zip(names, values.tolist(), strict=True))  # the step's only synchronisation
     finite = dict(zip(names, values.isfinite().tolist(), strict=True))
     broken = tuple(f"loss {k}" for k in sums if not finite[k]) or tuple(
@@ -94,4 +121,4 @@ def train_step(
         optimizer.step()
         method.follow(at.momentum)
     optimizer.zero_grad(set_to_none=True)
-    return Outcome({k: numbers[k] for k in sums}, {k: numbers[k] for k in norms}, broken, targets)
+    return Outcome({k: numbers[k] for k in sums}, {k: numbers[k] for k in norms}, broken, targets, numbers["stop"] > 0)

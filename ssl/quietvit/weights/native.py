@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quietvit import dist
 from quietvit.backbones import make_backbone
 from quietvit.files import write_atomically, write_text
 
@@ -42,7 +43,7 @@ def save_teacher(
     `mean` and `std` are the input normalisation, RGB in units of [0, 1]; `image_size` is the side in pixels that the
     backbone was trained at; `provenance` is any JSON-able account of the run (its "seed" lets evaluation rebuild the
     very initialisation). `backbone.arguments` must rebuild it through `make_backbone(backbone_name, ...)`. Returns the
-    path of the weights. Raises OSError as the file system does.
+    path of the weights. Under ranks all call, and the first one writes. Raises OSError as the file system does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +55,10 @@ def save_teacher(
         "provenance": dict(provenance),
     }
     text = json.dumps(meta, indent=2)
-    tensors = {k: _stored(v) for k, v in backbone.state_dict().items()}
+    tensors = {k: _stored(dist.whole(v)) for k, v in backbone.state_dict().items()}
     path = folder / WEIGHTS_NAME
+    if dist.rank() != 0:
+        return path
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={METADATA_KEY: text}))
     write_text(folder / JSON_NAME, text + "\n")
     return path
