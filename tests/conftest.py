@@ -1,5 +1,5 @@
-"""Makes tests/reference.py importable from every test folder, keeps tests out of the user's cache folder, and has Ctrl-C
-work in them also where a shell started them in the background, which ignores it and bequeaths that."""
+"""Makes tests/reference.py importable from every test folder, keeps tests out of the user's cache folder, and has
+Ctrl-C work in them also where a shell started them in the background: it ignores Ctrl-C and bequeaths that."""
 
 from __future__ import annotations
 
