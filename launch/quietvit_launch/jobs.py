@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from quietvit.config.load import load_config
 from quietvit_launch.job import STATUS
 from quietvit_launch.tasks import newest_step, read_json
 
@@ -107,9 +108,19 @@ def look(run: Path, asked: dict[str, str]) -> Row:
     values = last_values(run / "metrics.jsonl")
     step = int(values.get("step") or 0)
     known = step if state == "running" else max(newest_step(run), step if state == "failed" else 0)
-    return Row(
-        str(run), state, job, known, status.get("steps"), values.get("loss/total"), values.get("health/knn"), message
-    )
+    steps = status.get("steps")
+    if not status and known:  # made before runs kept a status
+        steps = _planned(run)
+        state = "finished" if steps is not None and known >= steps else "stopped"
+    return Row(str(run), state, job, known, steps, values.get("loss/total"), values.get("health/knn"), message)
+
+
+def _planned(run: Path) -> int | None:
+    """Steps of a run as its settings have them; None if they tell passes, or cannot be read."""
+    try:
+        return load_config(str(run / "config.yaml")).train.steps
+    except (OSError, ValueError):
+        return None
 
 
 def _alive(status: dict[str, Any]) -> bool:

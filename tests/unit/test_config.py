@@ -185,3 +185,9 @@ def test_every_field_is_read_by_some_code() -> None:
     )
     for path in flatten(RunConfig()):
         assert f".{path.rsplit('.', 1)[-1]}" in code, f"nothing reads {path}"
+
+
+def test_null_takes_away_the_options_of_a_recipe() -> None:
+    assert load_config("quickstart").data.options
+    assert load_config("quickstart", ["data.source=folder", "data.options=null"]).data.options == {}
+    assert load_config("quickstart", ["data.options={}"]).data.options == load_config("quickstart").data.options

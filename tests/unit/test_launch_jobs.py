@@ -143,3 +143,16 @@ def test_cancel_asks_the_process(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (run / "status.json").write_text(json.dumps(status | {"host": "elsewhere", "pid": os.getpid()}))
     assert cli.main(["cancel", str(run)]) == 2
     assert "runs on elsewhere: cancel it there" in capsys.readouterr().err
+
+
+def test_runs_without_a_status_are_judged_by_their_settings(tmp_path: Path) -> None:
+    for name, step, state in (("half", 3, "stopped"), ("whole", 8, "finished")):
+        run = a_run(tmp_path / name, step)
+        (run / "config.yaml").write_text("train: {steps: 8}\n")
+        assert look(run, {}) == Row(str(run), state, None, step, 8, None, None, "")
+    passes = a_run(tmp_path / "passes", 3)
+    (passes / "config.yaml").write_text("train: {passes: 2.0}\n")
+    assert look(passes, {}).state == "stopped"
+    broken = a_run(tmp_path / "broken", 3)
+    (broken / "config.yaml").write_text("train: [")
+    assert (look(broken, {}).state, look(broken, {}).steps) == ("stopped", None)

@@ -123,6 +123,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             )
         return tuple(_convert(v, a, name) for v, a in zip(value, args, strict=True))
     if origin is dict:
+        value = {} if value is None else value  # data.options=null takes a recipe's away; {} would be merged into them
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name!r} takes key: value pairs; got {value!r}")
         return {str(k): _convert(v, args[1], f"{name}.{k}") for k, v in value.items()}
