@@ -9,6 +9,11 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 ROOTS = {"quietvit": "ssl", "quietvit_eval": "eval", "quietvit_launch": "launch"}
+FORMATS = {
+    "timm": ["timm>=1.0.9"],  # the first with the vit_*_reg4_dinov2 models and local folders
+    "transformers": ["transformers>=4.48"],  # the first with Dinov2WithRegistersModel
+    "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+}
 
 
 def packages() -> list[str]:
@@ -51,7 +56,11 @@ setup(
     ],
     extras_require={
         "cuda": ["xformers>=0.0.34"],  # the first built for torch 2.10
+        # `quietvit export --to ...` writes for these and compares through them; nothing else needs them.
+        **FORMATS,
         "dev": [
+            *(requirement for needed in FORMATS.values() for requirement in needed),
+            "open-clip-torch>=2.30",  # test oracle of its visual towers
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "mypy>=1.13",

@@ -16,6 +16,7 @@ PACKAGES = {"quietvit": "ssl", "quietvit_eval": "eval", "quietvit_launch": "laun
 # Asked for by name and imported under another, or through a door of torch's.
 IMPORTED_AS = {
     "import-linter": "importlinter",
+    "open-clip-torch": "open_clip",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
