@@ -11,10 +11,11 @@ from torch import Tensor
 from quietvit.contracts import Features
 from quietvit.weights.extractor import BackboneExtractor
 
-__all__ = ["ExportOptions", "Opened", "Size", "Target"]
+__all__ = ["ExportOptions", "Opened", "Parity", "Size", "Target"]
 
 Size = tuple[int, int]  # height, width in pixels
 # What a reopened export computes: normalised images [B 3 H W], fp32 on the CPU -> features after the final norm.
+# If it also has a method `logits(images) -> [B classes]`, and the model a head, class scores are compared too.
 Opened = Callable[[Tensor], Features]
 
 
@@ -24,6 +25,29 @@ class ExportOptions:
 
     sizes: tuple[Size, ...] = ()  # formats of fixed size: those to write, one graph each; (): the model's own
     license: str | None = None  # SPDX name for the card; None: the card says that nobody has chosen one
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far one output of an export is from the model's, at one image size."""
+
+    reader: str  # what opened the export: the target's name, or what else can
+    output: str  # "cls", "registers", "patches" or "logits"
+    size: Size
+    difference: float  # greatest absolute one over all images; not a number where a feature is not
+    tolerance: float
+
+    @property
+    def passes(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+def _no_remarks(extractor: BackboneExtractor, options: ExportOptions) -> str:
+    return ""
+
+
+def _nothing_further(extractor: BackboneExtractor, folder: Path, options: ExportOptions) -> Sequence[Parity]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,9 @@ class Target:
     compare at: the native one first, then, where the format can take them, a larger, a smaller and a non-square one.
     `usage(extractor, options)` is Python code for the card that runs in the folder, from opening to features;
     `about` one line for the command's help.
+
+    Two are optional. `remarks(extractor, options)`: Markdown for the card, below the code: what the format leaves out,
+    or what a user of it has to know. `further(extractor, folder, options)`: comparisons through another reader.
     """
 
     name: str
@@ -48,3 +75,5 @@ class Target:
     reopen: Callable[[Path, ExportOptions], Opened]
     sizes: Callable[[BackboneExtractor, ExportOptions], Sequence[Size]]
     usage: Callable[[BackboneExtractor, ExportOptions], str]
+    remarks: Callable[[BackboneExtractor, ExportOptions], str] = _no_remarks
+    further: Callable[[BackboneExtractor, Path, ExportOptions], Sequence[Parity]] = _nothing_further
