@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quietvit.backbones.dense import Transition, dense_blocks
 from quietvit.contracts import Features
-from quietvit.nn.attention import Attend, check_attention_name, choose_attention
+from quietvit.nn.attention import Attend, Attention, check_attention_name, choose_attention
 from quietvit.nn.block import Block, LayerScale
 from quietvit.nn.drop_path import BranchDrop, draw_drop, drop_rates
 from quietvit.nn.ghost import ChannelScale
@@ -259,6 +259,35 @@ class Trunk(nn.Module, ABC):
         x, groups, grids = self._embed([images], None)
         states = self._run_blocks(x, groups, wanted)[1]
         return [self.split(unpack(state, groups)[0], grids[0], norm=norm) for state in states]
+
+    def attention_inputs(
+        self, images: Float[Tensor, "b 3 H W"], block: int = -1
+    ) -> tuple[Float[Tensor, "b A T d"], Float[Tensor, "b A T d"], Float[Tensor, "b A T d"]]:
+        """Queries, keys and values, biases included, that the attention of one block works on, by head.
+
+        Tokens are [cls | registers | patches], patches row-major; queries are not yet divided by sqrt(d). Blocks after
+        `block` (from 0; -1 is the last) are not run.
+
+        Raises:
+            ValueError: an image as a call, a block that is not there, or a dense trunk's transition, which has none.
+        """
+        index = block + self.num_blocks if block < 0 else block
+        if not 0 <= index < self.num_blocks:
+            raise ValueError(
+                f"block {block} asked for; this model has {self.num_blocks} (indices from 0, or from -1 down)"
+            )
+        layer = self.blocks[index]
+        if isinstance(layer, Transition):
+            raise ValueError(f"block {block} of this dense trunk is a transition between groups: it has no attention")
+        x, groups, _ = self._embed([images], None)
+        for i, earlier in enumerate(self.blocks[:index]):
+            attend = self._attend(x, groups, cast(int, earlier.head_dim))
+            x = earlier(x, groups, attend, self._draw(i, x, groups))
+        attention = cast(Attention, layer.attn)
+        qkv = unpack(attention.project(layer.norm1(x)), groups)[0]
+        by_head = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        q, k, v = by_head.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
     def positions(self, grid: Grid) -> Float[Tensor, "1 1+h*w D"]:
         """The position table for a patch grid, the class token's row first."""

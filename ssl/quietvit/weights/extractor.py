@@ -68,6 +68,17 @@ class BackboneExtractor:
             blocks = self.backbone.last_blocks(images.to(self.device), which, norm=norm)  # type: ignore[operator]
             return [_fp32(f) for f in blocks]
 
+    def attention_inputs(
+        self, images: Float[Tensor, "B 3 H W"], block: int = -1
+    ) -> tuple[Float[Tensor, "B A T d"], Float[Tensor, "B A T d"], Float[Tensor, "B A T d"]]:
+        """Queries, keys and values of one block (from 0; -1 is the last) by head, fp32; see Trunk.attention_inputs.
+
+        Tokens are [cls | registers | patches]. Raises ValueError as a call, and for a block without attention.
+        """
+        with torch.no_grad(), self._autocast():
+            q, k, v = self.backbone.attention_inputs(images.to(self.device), block)  # type: ignore[operator]
+            return q.float(), k.float(), v.float()
+
     def classify(self, cls: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
         """Class scores by the supervised head that came with the weights, from [CLS] after the final norm; fp32.
 
