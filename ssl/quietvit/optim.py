@@ -14,7 +14,7 @@ from quietvit import dist
 
 __all__ = ["apply_schedule", "clip_by_module", "make_optimizer", "parameter_groups"]
 
-# Everything before the first block: tokens, position table, patch stem, tokens-to-token stem.
+# Everything before the first block: tokens, position table, patch stem, tokens-to-token stem, CLIP's first norm.
 FIRST_LAYER = (
     "pos_embed",
     "patch_embed",
@@ -23,6 +23,7 @@ FIRST_LAYER = (
     "mask_token",
     "register_tokens",
     "storage_tokens",
+    "norm_pre",
 )
 STEM = ("patch_embed", "tokens_to_token")
 BLOCK = re.compile(r"(?:^|\.)blocks\.(?:\d+\.)?(\d+)\.")  # blocks.7. or, in chunks, blocks.1.7.

@@ -16,6 +16,7 @@ from quietvit.backbones.trunk import POSITIONS
 from quietvit.contracts import Features
 from quietvit.nn.attention import Attention
 from quietvit.nn.block import ATTENTION_LAYERS, FEED_FORWARD, LayerScale
+from quietvit.nn.feed_forward import ACTIVATIONS
 from quietvit.nn.ghost import ChannelScale
 from quietvit.nn.tokens_to_token import SOFT_SPLITS, STEM_ATTENTION, TokenPerformer, TokenTransformer
 
@@ -23,6 +24,7 @@ from quietvit.nn.tokens_to_token import SOFT_SPLITS, STEM_ATTENTION, TokenPerfor
 TRUNKS: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "swiglu": {"ffn": "swiglu"},
+    "clip": {"pre_norm": True, "activation": "quick_gelu", "norm_eps": 1e-5},
     "sinusoid": {"positions": "sinusoid"},
     "se": {"attention_layer": "se"},
     "ghost": {"attention_layer": "ghost", "ffn": "ghost", "mlp_ratio": 3.0},
@@ -99,6 +101,8 @@ def test_every_choice_has_a_variant() -> None:
     models = [make_backbone(name, **{"embed_dim": 32, "depth": 1, "num_heads": 2, **given}).arguments
               for name, given in VARIANTS.values()]  # fmt: skip
     for key, table in (
+        ("activation", ACTIVATIONS),
+        ("pre_norm", (False, True)),
         ("attention_layer", ATTENTION_LAYERS),
         ("ffn", FEED_FORWARD),
         ("positions", POSITIONS),

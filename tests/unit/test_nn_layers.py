@@ -55,6 +55,24 @@ def test_block_is_two_prenorm_residuals(layer_scale: float) -> None:
     assert any("ls1" in key for key in block.state_dict()) == (layer_scale > 0)
 
 
+def test_the_activation_of_an_mlp_is_chosen_by_name() -> None:
+    torch.manual_seed(0)
+    exact, quick = Block(8, 2).double(), Block(8, 2, activation="quick_gelu").double()
+    assert exact.state_dict().keys() == quick.state_dict().keys()
+    x = torch.randn(6, 8, dtype=torch.double)
+    for block, gate in (
+        (exact, lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2)))),
+        (quick, lambda v: 1 / (1 + math.exp(-1.702 * v))),
+    ):
+        hidden = block.mlp.fc1(x)
+        activated = torch.tensor([[v * gate(v) for v in row] for row in hidden.tolist()], dtype=torch.double)
+        torch.testing.assert_close(block.mlp(x), block.mlp.fc2(activated))
+    with pytest.raises(ValueError, match="unknown activation 'quick'; did you mean quick_gelu"):
+        Block(8, 2, activation="quick")
+    with pytest.raises(ValueError, match="'quick_gelu' is for ffn 'mlp'; 'swiglu' has its own"):
+        Block(8, 2, activation="quick_gelu", ffn="swiglu")
+
+
 def test_block_without_biases() -> None:
     block = Block(8, 2, qkv_bias=False, proj_bias=False, ffn_bias=False, ffn="swiglu")
     assert [k for k in block.state_dict() if k.endswith("bias")] == ["norm1.bias", "norm2.bias"]

@@ -23,6 +23,7 @@ class Backbone(nn.Module):
         self.table = nn.Parameter(torch.ones(3), requires_grad=False)
         self.tokens_to_token = nn.ModuleDict({"project": nn.Linear(3, 4), "norm1": nn.LayerNorm(3)})
         self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4), "norm1": nn.LayerNorm(4)}) for _ in range(12))
+        self.norm_pre = nn.LayerNorm(4)
         self.norm = nn.LayerNorm(4)
 
 
@@ -46,6 +47,8 @@ def test_rates() -> None:
     assert found["backbone.tokens_to_token.project.weight"] == (stem, 1.0, False)
     assert found["backbone.tokens_to_token.project.bias"] == (stem, 0.0, False)
     assert found["backbone.tokens_to_token.norm1.weight"] == (stem, 0.0, False)
+    assert found["backbone.norm_pre.weight"] == (0.5**13, 0.0, False)
+    assert found["backbone.norm_pre.bias"] == (0.5**13, 0.0, False)
     assert found["backbone.blocks.0.fc.weight"] == (0.5**12, 1.0, False)
     assert found["backbone.blocks.11.fc.weight"] == (0.5, 1.0, False)  # not block 1
     assert found["backbone.blocks.11.norm1.weight"] == (0.5, 0.0, False)

@@ -46,6 +46,8 @@ class TrunkOptions:
     growth: int = 64  # channels that a dense block adds; T2T-ViT, appendix
     mlp_ratio: float = 4.0  # D2, all sizes
     layer_scale: float = 1e-5  # D2 training; 0 leaves layer scale out, names included
+    activation: str = "gelu"  # D2, of ffn "mlp"; "quick_gelu": OpenAI's CLIP
+    pre_norm: bool = False  # D2; True: a LayerNorm over all tokens before the first block, as in CLIP
     qkv_bias: bool = True  # D2
     proj_bias: bool = True  # D2
     ffn_bias: bool = True  # D2
@@ -106,8 +108,11 @@ class Trunk(nn.Module, ABC):
         if o.num_registers:
             self.register_tokens = nn.Parameter(torch.empty(1, o.num_registers, o.embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, o.embed_dim))
+        if o.pre_norm:
+            self.norm_pre = nn.LayerNorm(o.embed_dim, eps=o.norm_eps)
         layer: dict[str, Any] = {
             "ffn": o.ffn,
+            "activation": o.activation,
             "attention_layer": o.attention_layer,
             "mlp_ratio": o.mlp_ratio,
             "layer_scale": o.layer_scale,
@@ -163,8 +168,9 @@ class Trunk(nn.Module, ABC):
             nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
         nn.init.zeros_(self.mask_token)
         self.init_stem(generator)
+        first = (self.norm_pre,) if self.options.pre_norm else ()
         head = (self.head,) if self.options.num_classes else ()
-        for module in (*self.blocks.modules(), self.norm, *head):
+        for module in (*first, *self.blocks.modules(), self.norm, *head):
             if isinstance(module, nn.Linear):
                 self.init_linear(module, generator)
             elif isinstance(module, (nn.LayerNorm, LayerScale)):
@@ -309,7 +315,7 @@ class Trunk(nn.Module, ABC):
     def _embed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
     ) -> tuple[Float[Tensor, "T D"], Groups, list[Grid]]:
-        """Packed input tokens of all groups."""
+        """Packed input tokens of all groups, as the first block takes them."""
         if not len(images):
             raise ValueError("no images: pass a tensor [b 3 H W] or a list of at least one")
         masks = [None] * len(images) if masks is None else masks
@@ -321,7 +327,8 @@ class Trunk(nn.Module, ABC):
             patches, grid = self.tokenize(group, mask)
             sequences.append(self._assemble(patches, grid))
             grids.append(grid)
-        return *pack(sequences), grids
+        x, packed = pack(sequences)
+        return self.norm_pre(x) if self.options.pre_norm else x, packed, grids
 
     def _assemble(self, patches: Float[Tensor, "b N D"], grid: Grid) -> Float[Tensor, "b T D"]:
         """[cls | registers | patches]: cls and patches carry a position, registers do not."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quietvit.nn.attention import ATTENTION, Attend, Attention
 from quietvit.nn.drop_path import BranchDrop, add_residual
-from quietvit.nn.feed_forward import Mlp, SwiGlu
+from quietvit.nn.feed_forward import ACTIVATIONS, Mlp, SwiGlu
 from quietvit.nn.ghost import GhostAttention, GhostMlp
 from quietvit.nn.packing import Groups
 from quietvit.nn.squeeze_excitation import GatedAttention
@@ -57,6 +57,7 @@ class Block(nn.Module):
         num_heads: int,
         *,
         ffn: str = "mlp",
+        activation: str = "gelu",
         attention_layer: str = "plain",
         mlp_ratio: float = 4.0,
         layer_scale: float = 0.0,
@@ -67,14 +68,18 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         _check_known("ffn", ffn, FEED_FORWARD)
+        _check_known("activation", activation, ACTIVATIONS)
         _check_known("attention_layer", attention_layer, ATTENTION_LAYERS)
+        if ffn != "mlp" and activation != "gelu":
+            raise ValueError(f"activation '{activation}' is for ffn 'mlp'; '{ffn}' has its own: leave activation out")
         self.out_dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = ATTENTION_LAYERS[attention_layer](dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
         self.head_dim = self.attn.head_dim
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), bias=ffn_bias)
+        own = {"activation": activation} if ffn == "mlp" else {}
+        self.mlp = FEED_FORWARD[ffn](dim, int(dim * mlp_ratio), bias=ffn_bias, **own)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
     def forward(

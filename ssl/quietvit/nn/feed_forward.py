@@ -1,26 +1,40 @@
-"""The two feed-forward networks of DINOv2: MLP with GELU, and SwiGLU. Parameter names are those of its checkpoints."""
+"""The feed-forward networks of DINOv2, MLP and SwiGLU, with the activations that CLIP's relatives put into the MLP.
+
+Parameter names are those of DINOv2's checkpoints.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Mlp", "SwiGlu", "swiglu_width"]
+__all__ = ["ACTIVATIONS", "Mlp", "SwiGlu", "quick_gelu", "swiglu_width"]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x): the GELU's approximation in OpenAI's CLIP (Hendrycks and Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1 x)), with the exact GELU; `hidden` is the width in between."""
+    """fc2(act(fc1 x)) with one of ACTIVATIONS, by default the exact GELU; `hidden` is the width in between."""
 
-    def __init__(self, dim: int, hidden: int, *, bias: bool = True) -> None:
+    def __init__(self, dim: int, hidden: int, *, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
+        self.act = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+        return cast(Tensor, self.fc2(self.act(self.fc1(x))))
 
 
 def swiglu_width(hidden: int) -> int:
