@@ -10,6 +10,8 @@ from pathlib import Path
 
 from quietvit_launch.commands import add_launching, at_least
 from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report
+from quietvit_launch.export_arguments import add_export
+from quietvit_launch.info_arguments import add_info
 from quietvit_launch.mistakes import message_for_user
 from quietvit_launch.stopping import exit_code
 
@@ -31,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_protocols(commands, _protocols)
     add_report(commands, _compare, _show)
     _add_use(commands)
-    _add_info(commands)
+    add_export(commands, _export)
+    add_info(commands, _info)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
     demo.add_argument("--seed", type=at_least(0), default=0)
@@ -54,18 +57,6 @@ def _add_use(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     embed.add_argument("--batch-size", type=at_least(1), default=64)
     embed.add_argument("--device", default="auto")
     embed.set_defaults(run=_embed)
-    export = commands.add_parser("export", help="write the teacher as a folder for others, checked by reloading")
-    export.add_argument("model", help=MODEL)
-    export.add_argument("--out", required=True, help="new folder")
-    export.set_defaults(run=_export)
-
-
-def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    info = commands.add_parser("info", help="list all backbones: parameters and multiply-adds, beside papers' figures")
-    info.add_argument("--backbone", metavar="NAME", help="only this family: vit or t2t_vit (default: both)")
-    info.add_argument("--image-size", type=at_least(1), default=224, help="image side in pixels (default: 224)")
-    info.add_argument("--format", choices=("table", "json"), default="table")
-    info.set_defaults(run=_info)
 
 
 def _recipes(args: argparse.Namespace) -> int:
@@ -111,20 +102,15 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from quietvit_launch.evaluation import check_model
+    from quietvit_launch.exporting import run_export
 
-    model = check_model(args.model)
-    from quietvit.weights.export import export_teacher
-
-    report = export_teacher(model, Path(args.out))
-    print(f"wrote {args.out}: features equal after reloading (greatest difference {report['max_difference']:g})")
-    return 0
+    return run_export(args)
 
 
 def _info(args: argparse.Namespace) -> int:
     from quietvit_launch.info import run_info
 
-    return run_info(args.backbone, args.image_size, args.format)
+    return run_info(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -52,11 +52,13 @@ def run_demo(out: Path, *, seed: int) -> int:
 
     console.rule("2. export the teacher and reload it")
     began = time.monotonic()
-    from quietvit.weights.export import export_teacher
+    from quietvit.weights.export import export_model
+    from quietvit.weights.native import WEIGHTS_NAME
 
     shutil.rmtree(out / "teacher", ignore_errors=True)
-    exported = export_teacher(out / "pretrain", out / "teacher")
-    console.print(f"{exported['weights']}: same features after reloading", highlight=False, soft_wrap=True)
+    export_model(out / "pretrain", out / "teacher")
+    teacher = str(out / "teacher" / WEIGHTS_NAME)
+    console.print(f"{teacher}: same features after reloading", highlight=False, soft_wrap=True)
     seconds["export"] = time.monotonic() - began
 
     console.rule("3. judge the frozen features: labels of pictures")
@@ -78,7 +80,7 @@ def run_demo(out: Path, *, seed: int) -> int:
         "dense_images": {split: part["images"] for split, part in dense[0].data.items()},
         "pictures": {c.task: [f"eval/{p}" for p in c.details["pictures"]] for c in dense if c.subject == "model"},
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        "teacher": exported["weights"],
+        "teacher": teacher,
         "seed": seed,
     }
     _report(out, summary, console)

@@ -28,23 +28,24 @@ NOT_COUNTED = frozenset(
 )  # fmt: skip
 
 
-def count_parameters(name: str, *, size: str, without: Collection[str] = (), **arguments: Any) -> int:
+def count_parameters(name: str, *, size: str | None = None, without: Collection[str] = (), **arguments: Any) -> int:
     """Numbers that a backbone saves: its parameters and frozen tables. `without`: names of tensors to leave out.
 
-    `arguments` as in make_backbone, which says what is raised. Nothing is allocated.
+    `size` and `arguments` as in make_backbone, which says what is raised; those of an existing backbone need no size.
+    Nothing is allocated.
     """
     tensors = _on_meta(name, size=size, **arguments).state_dict()
     return sum(tensor.numel() for key, tensor in tensors.items() if key not in without)
 
 
-def count_macs(name: str, *, size: str, image_size: int, **arguments: Any) -> int:
+def count_macs(name: str, *, image_size: int, size: str | None = None, **arguments: Any) -> int:
     """Multiply-adds of one square image, counted by fvcore in a trace of the forward pass.
 
     The position table is made for `image_size`, so that resizing it costs nothing. Blocks of one kind are traced once
-    and multiplied; a dense trunk is traced whole. `arguments` as in make_backbone, which says what is raised.
+    and multiplied; a dense trunk is traced whole. `size` and `arguments` as in make_backbone, which says what is raised.
     """
     sizes = BACKBONES[name].SIZES if name in BACKBONES else {}
-    shape = {**sizes.get(size, {}), **arguments}
+    shape = {**sizes.get(size or "", {}), **arguments}
     if shape.get("dense_groups"):
         return int(_trace(_on_meta(name, size=size, image_size=image_size, **arguments)).total())
     analysis = _trace(_on_meta(name, size=size, image_size=image_size, **{**arguments, "depth": 1}))
@@ -52,7 +53,9 @@ def count_macs(name: str, *, size: str, image_size: int, **arguments: Any) -> in
 
 
 def _on_meta(name: str, **arguments: Any) -> Trunk:
-    arguments["init"] = "xavier"  # changes no count, and the default takes ten times as long on this device
+    # Neither changes a count: the default way to initialise takes ten times as long on this device, and the machine
+    # that counts may lack the attention kernels of the one that trained.
+    arguments |= {"init": "xavier", "attention": "auto"}
     with torch.device("meta"):
         return make_backbone(name, **arguments)
 

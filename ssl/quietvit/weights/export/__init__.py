@@ -1,5 +1,21 @@
-"""Writing a model for others. `export_teacher` writes quietvit's own folder."""
+"""Writing a model for others: `export_model`, in the forms of the TARGETS table."""
 
-from quietvit.weights.export.safetensors_folder import export_teacher, greatest_difference
+from quietvit.weights.export.all_targets import TARGETS, find_target
+from quietvit.weights.export.card import Run, ScoreRow, read_run
+from quietvit.weights.export.export_model import Report, export_model
+from quietvit.weights.export.target import ExportOptions, Opened, Parity, Size, Target
 
-__all__ = ["export_teacher", "greatest_difference"]
+__all__ = [
+    "TARGETS",
+    "ExportOptions",
+    "Opened",
+    "Parity",
+    "Report",
+    "Run",
+    "ScoreRow",
+    "Size",
+    "Target",
+    "export_model",
+    "find_target",
+    "read_run",
+]
