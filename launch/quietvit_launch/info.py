@@ -1,10 +1,11 @@
 """The command `quietvit info`: every size of both families, its parameters and multiply-adds beside published figures.
 
-Only what needs no torch is imported here.
+One model alone is quietvit_launch/info_model.py's. Only what needs no torch is imported here.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -110,13 +111,27 @@ class Row:
     note: str
 
 
-def run_info(backbone: str | None, image_size: int, form: str) -> int:
-    """Print the tables of all families or of one, as "table" or "json". Raises ValueError for what cannot be counted.
+def run_info(args: argparse.Namespace) -> int:
+    """What `quietvit info` was asked for: one model, or the tables. Raises ValueError for what cannot be counted.
 
-    An unknown family is told without torch.
+    An unknown family or model is told without torch.
     """
-    if backbone is not None and backbone not in PUBLISHED:
-        raise ValueError(f"unknown backbone '{backbone}': choose from {', '.join(PUBLISHED)}")
+    if args.backbone is not None and args.backbone not in PUBLISHED:
+        raise ValueError(f"unknown backbone '{args.backbone}': choose from {', '.join(PUBLISHED)}")
+    if args.model is not None:
+        from quietvit_launch.info_model import run_model_info
+
+        return run_model_info(
+            args.model, family=args.backbone, image_sizes=args.image_size, num_heads=args.num_heads, form=args.format
+        )
+    if args.num_heads is not None:
+        raise ValueError("--num-heads is for a file of weights: name one")
+    if len(sizes := args.image_size or [PAPER_IMAGE_SIZE]) > 1:
+        raise ValueError("the tables are for one --image-size; several are for a model: name one")
+    return _print_tables(args.backbone, sizes[0], args.format)
+
+
+def _print_tables(backbone: str | None, image_size: int, form: str) -> int:
     names = list(PUBLISHED) if backbone is None else [backbone]
     check_image_size(names, image_size)
     if form == "json":

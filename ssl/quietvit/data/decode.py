@@ -34,7 +34,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "decode_bytes", "decode_file", "is_image_name"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "UnreadableImage",
+    "decode_bytes",
+    "decode_file",
+    "is_image_name",
+    "to_pixels",
+]
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
@@ -96,6 +104,17 @@ def decode_bytes(data: bytes, name: str, *, min_side: int | None = None) -> Pixe
     if header.components == 4 or not header.is_common:
         return _decode_pillow(data, name, invert_cmyk=not header.has_adobe)
     return _decode_opencv(data, name, header, min_side)
+
+
+def to_pixels(image: Image.Image) -> Pixels:
+    """RGB pixels of an image opened with Pillow, under the same rules. Raises UnreadableImage as `decode_bytes`."""
+    name = str(getattr(image, "filename", "")) or "the Pillow image"
+    _check_size(image.width, image.height, name)
+    inverted = image.format == "JPEG" and "adobe" not in image.info  # Pillow takes every CMYK JPEG for one of Adobe's
+    try:
+        return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image), image.info, inverted))
+    except Exception as error:  # as in _decode_pillow
+        raise UnreadableImage(name, _one_line(error)) from error
 
 
 # ---- JPEG headers
