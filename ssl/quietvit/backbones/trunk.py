@@ -6,7 +6,8 @@ A backbone is a Trunk with a stem: it builds the stem's modules, calls `init_wei
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, overload
 
@@ -27,6 +28,7 @@ from quietvit.nn.position import POS_INTERPOLATION, resize_positions, sinusoid_p
 __all__ = ["Trunk", "TrunkOptions"]
 
 Grid = tuple[int, int]  # patch rows, patch columns
+Observer = Callable[[int, Tensor, Groups], None]
 INITS = ("trunc_normal", "xavier")
 POSITIONS = ("learned", "sinusoid")
 
@@ -96,6 +98,7 @@ class Trunk(nn.Module, ABC):
         self.num_blocks, self.num_registers = o.depth, o.num_registers
         self.stride, self.image_size = stride, o.image_size
         self.native_grid: Grid = (o.image_size // stride, o.image_size // stride)
+        self._observer: Observer | None = None
         self.drop_rates = drop_rates(o.drop_path, o.depth, uniform=o.drop_path_uniform)
 
         num_patches = self.native_grid[0] * self.native_grid[1]
@@ -348,9 +351,24 @@ class Trunk(nn.Module, ABC):
         for i, block in enumerate(self.blocks):
             attend = self._attend(x, groups, cast(int, block.head_dim))
             x = block(x, groups, attend, self._draw(i, x, groups))
+            if self._observer is not None:
+                self._observer(i, x, groups)
             if i in collect:
                 states.append(x)
         return x, states
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """While open, `observer(block, tokens, groups)` is shown the packed tokens [T D] after every block (from 0),
+        before the final norm, of every pass through all blocks. It runs between the blocks, outside of what is
+        compiled or computed again, and must leave the tokens as they are. Raises ValueError inside another one."""
+        if self._observer is not None:
+            raise ValueError("this backbone is observed already")
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
 
     def _attend(self, x: Tensor, groups: Groups, head_dim: int) -> Attend:
         kind = x.device.type
