@@ -294,7 +294,7 @@ def test_a_model_that_is_not_there(shell: Shell, model: Path) -> None:
     for place, words in {
         "nowhere": "there is no model at",
         str(shell.images): "looked for teacher.safetensors and checkpoints/step_*/teacher.safetensors, found 00.jpg",
-        str(shell.recipe): "a model is a run folder, a teacher.safetensors, or a file of DINOv2 or T2T-ViT",
+        str(shell.recipe): "a model is a run folder, a teacher.safetensors, or weights of DINOv2, T2T-ViT, open_clip",
     }.items():
         shell.refused(shell("eval", "knn", "--model", place, *data), words)
         shell.refused(shell("embed", shell.images, "--model", place, *out), words)

@@ -1,8 +1,7 @@
-"""Reading and writing weights: quietvit's own file, DINOv2's and T2T-ViT's."""
+"""Reading and writing weights: quietvit's own file, and those of DINOv2, T2T-ViT, open_clip, timm and transformers."""
 
-from quietvit.weights.dinov2 import load_dinov2
 from quietvit.weights.extractor import BackboneExtractor, load, random_like
 from quietvit.weights.native import load_backbone, save_teacher
-from quietvit.weights.t2t import load_t2t
+from quietvit.weights.released import load_released
 
-__all__ = ["BackboneExtractor", "load", "load_backbone", "load_dinov2", "load_t2t", "random_like", "save_teacher"]
+__all__ = ["BackboneExtractor", "load", "load_backbone", "load_released", "random_like", "save_teacher"]

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Features
 from quietvit.train.device import pick_device
-from quietvit.weights.native import WEIGHTS_NAME, load_backbone, read_meta, weights_hash
-from quietvit.weights.released import SUFFIXES, load_released
+from quietvit.weights.family import Hints, Triple
+from quietvit.weights.native import METADATA_KEY, WEIGHTS_NAME, load_backbone, read_meta, weights_hash
+from quietvit.weights.released import is_released_folder, load_released
+from quietvit.weights.tensors_file import is_safetensors, read_metadata
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
-Triple = tuple[float, float, float]
+BROKEN_SHOWN = 4  # tensors named in an error (ours)
 
 
 class BackboneExtractor:
@@ -124,32 +126,67 @@ def load(
     bf16: bool = False,
     num_heads: int | None = None,
     num_registers: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    activation: str | None = None,
 ) -> BackboneExtractor:
-    """The frozen model at `path`: a run folder (its newest complete teacher), a folder with `teacher.safetensors`, that
-    file itself, or a torch file of DINOv2 or T2T-ViT. Nothing is downloaded and no code in the file is run.
+    """The frozen model at `path`, whoever trained it. Nothing is downloaded and no code in a file is run.
 
-    `device`: "auto", "cpu", "cuda", "cuda:1", "mps". `bf16`: autocast on CUDA. `num_heads`, `num_registers`: for
-    T2T-ViT's files only, whose shapes do not tell the heads, and to which registers can be added: see `load_t2t`.
+    `path`: a run folder (its newest complete teacher), a folder with `teacher.safetensors`, that file itself; a
+    safetensors or torch file of DINOv2, T2T-ViT, open_clip (its visual tower) or timm; a folder of timm, open_clip or
+    transformers. What a file is, is told by its content, never by its name.
+
+    `device`: "auto", "cpu", "cuda", "cuda:1", "mps". `bf16`: autocast on CUDA. The others are for files of others only,
+    where they cannot tell: `num_heads` (None: 64 wide each, but 16 of the huge widths, see `vit_shapes`); `mean` and
+    `std` of the input, RGB in units of [0, 1] (None: as the family's, or as a configuration beside the file says);
+    `activation` of the MLPs, "gelu" or "quick_gelu" (OpenAI's CLIP and what was trained like it); `num_registers` to
+    be added, untrained, to a T2T-ViT.
+
     Raises FileNotFoundError, saying what was looked for and what is there, if there is no such model; ValueError if the
-    file is truncated or of another kind or architecture.
+    file is truncated, of another kind or architecture, holds values that are not finite, or does not tell enough.
     """
     path = Path(path).expanduser()
     if not path.exists():
         beside = _contents(path.parent) if path.parent.is_dir() else "nor that folder"
         raise FileNotFoundError(f"no model at {path}. Its folder holds: {beside}")
-    file = newest_teacher(path) if path.is_dir() else path
-    if file.suffix == ".safetensors":
-        if num_heads is not None or num_registers:
-            raise ValueError(f"{file} says itself how many heads and registers it has; leave both out")
-        backbone, meta = load_backbone(file)
-    elif file.name.endswith(SUFFIXES):
-        backbone, meta = load_released(file, num_heads=num_heads, num_registers=num_registers)
-    else:
-        raise ValueError(
-            f"{file}: a model is a run folder, a {WEIGHTS_NAME}, or a file of DINOv2 or T2T-ViT, whose name ends in "
-            f"{', '.join(SUFFIXES)}"
-        )
+    hints = Hints(num_heads, num_registers, _triple(mean, "mean"), _triple(std, "std"), activation)
+    backbone, meta = _open(path, hints)
+    _check_finite(backbone, path)
     return BackboneExtractor(backbone, meta, device=pick_device(device), bf16=bf16)
+
+
+def _open(path: Path, hints: Hints) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone and its description, from quietvit's own file or folder, or somebody else's."""
+    if path.is_dir():
+        if not (path / WEIGHTS_NAME).is_file() and is_released_folder(path):
+            return load_released(path, hints)
+        path = newest_teacher(path)
+    elif not (is_safetensors(path) and METADATA_KEY in read_metadata(path)):
+        return load_released(path, hints)
+    if hints != Hints():
+        raise ValueError(
+            f"{path} says itself how many heads and registers it has, its activation and its normalisation: leave "
+            "num_heads, num_registers, activation, mean and std out"
+        )
+    return load_backbone(path)
+
+
+def _triple(values: Sequence[float] | None, what: str) -> Triple | None:
+    if values is None:
+        return None
+    if len(values) != 3:
+        raise ValueError(f"{what} must be three numbers, for RGB in units of [0, 1], not {values}")
+    return cast(Triple, tuple(float(v) for v in values))
+
+
+def _check_finite(backbone: nn.Module, path: Path) -> None:
+    broken = [key for key, value in backbone.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        more = f" and {len(broken) - BROKEN_SHOWN} more" if len(broken) > BROKEN_SHOWN else ""
+        raise ValueError(
+            f"{path} holds values that are not finite in {', '.join(broken[:BROKEN_SHOWN])}{more}: its training had "
+            "diverged, or the file is broken. Use an earlier checkpoint, or copy it again"
+        )
 
 
 def newest_teacher(folder: Path) -> Path:
@@ -172,8 +209,8 @@ def newest_teacher(folder: Path) -> Path:
     if problems:
         raise ValueError(f"no usable teacher in {folder}: " + "; ".join(problems))
     raise FileNotFoundError(
-        f"no model in {folder}: looked for {WEIGHTS_NAME} and checkpoints/step_*/{WEIGHTS_NAME}. It holds: "
-        f"{_contents(folder)}"
+        f"no model in {folder}: looked for {WEIGHTS_NAME} and checkpoints/step_*/{WEIGHTS_NAME}, and for "
+        f"config.json, of a folder of timm or transformers. It holds: {_contents(folder)}"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,19 +29,19 @@ CLIP: Normalisation = (
     (0.26862954, 0.26130258, 0.27577711),
 )  # OpenAI's CLIP, and open_clip's own default
 NORMALISATIONS: Mapping[str, Normalisation] = {"imagenet": IMAGENET, "inception": INCEPTION, "clip": CLIP}
-
 HEAD_DIM = 64  # Vaswani et al. 2017 and Dosovitskiy et al. 2020 after it; DINOv2, DeiT, augreg, CLIP B and L
-# Widths of which all released ViTs have 16 heads: H (80 wide), g of "Scaling ViTs" (88), G (104), e (112).
-WIDTHS_OF_16_HEADS = (1280, 1408, 1664, 1792)
+# Widths of which all released ViTs have 16 heads: so400m (72 wide), H (80), g of "Scaling ViTs" (88), G (104), e (112).
+WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664, 1792)
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
+MASK_TOKEN_NOTE = "mask token: zeros, the file has none"
 
 
 @dataclass(frozen=True)
 class Hints:
     """What the caller, or a file beside the weights, says about them where their names and shapes cannot.
 
-    `mean` and `std`: RGB in units of [0, 1], both or neither. `name`: file name and "arch" entry, for families whose
-    variants differ in nothing else.
+    `mean` and `std`: RGB in units of [0, 1], both or neither. `names`: file name and "arch" entry, for families whose
+    variants differ in nothing else, and where each of them stands.
     """
 
     num_heads: int | None = None
@@ -48,7 +49,7 @@ class Hints:
     mean: Triple | None = None
     std: Triple | None = None
     activation: str | None = None  # "gelu" or "quick_gelu"
-    name: Mapping[str, str] = field(default_factory=dict)  # where it stands -> name
+    names: Mapping[str, str] = field(default_factory=dict)  # where it stands -> name
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -84,13 +85,16 @@ class Family:
 
     `recognises` is asked with all names, prefixes of wrappers removed (`released.plain_tensors`); the first row that
     says yes converts. `convert` raises ValueError, without naming the file, for tensors that cannot be of the family
-    after all or of which quietvit has no such model: the sentence says why.
+    after all or of which quietvit has no such model: the sentence says why. `beside` adds what other files next to the
+    weights say to the caller's hints, which come first. Only families that `adds_registers` take `Hints.num_registers`.
     """
 
     name: str
     about: str  # for errors: by which names a file is recognised
     recognises: Callable[[Collection[str]], bool]
     convert: Callable[[Mapping[str, Tensor], Hints], Converted]
+    beside: Callable[[Path, Hints], Hints] | None = None
+    adds_registers: bool = False
 
 
 def check_needed(tensors: Mapping[str, Tensor], needed: Mapping[str, int], *, family: str) -> None:
@@ -164,8 +168,5 @@ def swiglu_ratio(width: int, embed_dim: int) -> float:
 
 
 def mask_token(embed_dim: int) -> Tensor:
-    """What a mask token starts from (DINOv2 training code), for files that have none."""
+    """What a mask token starts from (DINOv2 training code), for files that have none: say MASK_TOKEN_NOTE then."""
     return torch.zeros(1, embed_dim)
-
-
-MASK_TOKEN_NOTE = "mask token: zeros, the file has none"

@@ -25,6 +25,7 @@ FORMAT = "quietvit-backbone-1"
 METADATA_KEY = "quietvit"
 WEIGHTS_NAME = "teacher.safetensors"
 JSON_NAME = "teacher.json"
+PARTS = ("backbone", "normalisation", "image_size", "provenance")
 SHOWN = 12  # keys named in an error before it only counts (ours: they fit a terminal)
 
 
@@ -103,9 +104,15 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         ) from error
     if text is None:
         raise ValueError(f"{path} holds tensors but no quietvit description (metadata key {METADATA_KEY!r})")
-    meta = json.loads(text)
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {meta.get('format')!r}; this version reads {FORMAT!r}")
+    try:
+        meta = json.loads(text)
+        wanted = meta.get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} holds a description that is not readable JSON ({error}): copy it again") from error
+    if wanted != FORMAT:
+        raise ValueError(f"{path} has the format {wanted!r}; this version reads {FORMAT!r}")
+    if lacking := [part for part in PARTS if part not in meta]:
+        raise ValueError(f"{path} holds a description without {', '.join(lacking)}: copy it again")
     return cast(dict[str, Any], meta)
 
 

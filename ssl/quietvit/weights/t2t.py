@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quietvit.backbones import make_backbone
 from quietvit.backbones.t2t_vit import OFFICIAL
 from quietvit.nn.position import sinusoid_positions
-from quietvit.weights.native import load_strictly
-from quietvit.weights.torch_file import choose_entry, list_names, plain_names, read_torch_file, strip_prefixes
+from quietvit.weights.family import IMAGENET, Converted, Family, Hints
+from quietvit.weights.torch_file import list_names
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]: T2T-ViT's training
-ENTRIES = ("state_dict_ema", "state_dict")  # the average of the weights is what T2T-ViT reports; else the last ones
-PREFIXES = ("module.",)
+__all__ = ["FAMILY", "infer_arguments"]
+
 OURS = ("mask_token", "register_tokens")  # what a supervised model has no use for
 HEAD_DIM = 64  # 7 to 24, t-14 to t-24, wide, SE and ghost
 DENSE_HEADS = 8  # dense, whatever the width of its blocks
@@ -43,55 +41,38 @@ NEEDED = {  # and the number of axes
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 
-def load_t2t(
-    path: Path | str, *, num_heads: int | None = None, num_registers: int = 0
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone of a T2T-ViT file, in eval mode on the CPU, and its description (as `native.load_backbone`).
+def recognises(names: Collection[str]) -> bool:
+    return any(name.startswith("tokens_to_token.") for name in names)
 
-    `state_dict_ema` is read if there is one, else `state_dict`, else the file itself; the description's provenance says
-    which. The supervised head is kept (`Trunk.logits`). The mask token, which no such file has, and `num_registers`
-    registers start as they would in training, drawn with seed 0: class token and patches attend to registers too.
 
-    `num_heads`: shapes do not tell it. None: 32 if the file's name or its "arch" has "resnext" in it, 8 for the
-    dense variant, else heads 64 wide, as all other released models have.
+def convert(tensors: Mapping[str, Tensor], hints: Hints) -> Converted:
+    """A T2T-ViT with its supervised head (`Trunk.logits`).
 
-    Raises FileNotFoundError if there is no such file; ValueError if it is truncated, needs code to be unpickled, is not
-    exactly such a backbone (the message names the keys), or holds another position table than the sinusoids.
+    The mask token, which no such file has, and `hints.num_registers` registers start as they would in training, drawn
+    with seed 0: class token and patches attend to registers too. `hints.num_heads`: shapes do not tell it. None: 32 if
+    the file's name or its "arch" has "resnext" in it, 8 for the dense variant, else heads 64 wide, as all other
+    released models have.
+
+    Raises ValueError for tensors that cannot be such a backbone's, and for another position table than the sinusoids.
     """
-    path = Path(path)
-    return t2t_backbone(read_torch_file(path), path, num_heads=num_heads, num_registers=num_registers)
+    _check_kind(tensors)
+    heads, reason = (hints.num_heads, "as asked for") if hints.num_heads is not None else _guess_heads(tensors, hints)
+    arguments = {**infer_arguments(tensors), "num_heads": heads, "num_registers": hints.num_registers}
+    with torch.random.fork_rng(devices=[]):  # the same registers at every load: a frozen model has one hash
+        torch.manual_seed(0)
+        initial = make_backbone("t2t_vit", **arguments).state_dict()
+    _check_positions(tensors["pos_embed"])
+    return Converted(
+        backbone="t2t_vit",
+        arguments=arguments,
+        tensors={**{k: initial[k] for k in OURS if k in initial}, **tensors},
+        normalisation=IMAGENET,
+        image_size=arguments["image_size"],
+        facts={"heads": f"{heads}, {reason}"},
+    )
 
 
-def t2t_backbone(
-    loaded: Mapping[str, Any], path: Path, *, num_heads: int | None = None, num_registers: int = 0
-) -> tuple[nn.Module, dict[str, Any]]:
-    """As `load_t2t`, of a file that has been read."""
-    what = str(path)
-    entry, stored = choose_entry(loaded, ENTRIES)
-    tensors = {k: v for k, v in stored.items() if isinstance(v, Tensor)}
-    tensors = plain_names(tensors, lambda key: strip_prefixes(key, PREFIXES), what=what)
-    _check_kind(tensors, stored, what)
-    heads, reason = (num_heads, "as asked for") if num_heads is not None else _guess_heads(tensors, loaded, path)
-    arguments = {**infer_arguments(tensors, what=what), "num_heads": heads, "num_registers": num_registers}
-    try:
-        with torch.random.fork_rng(devices=[]):  # the same registers at every load: a frozen model has one hash
-            torch.manual_seed(0)
-            backbone = make_backbone("t2t_vit", **arguments)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
-    initial = backbone.state_dict()
-    load_strictly(backbone, {**{k: initial[k] for k in OURS if k in initial}, **tensors}, what=what)
-    _check_positions(tensors["pos_embed"], what)
-    meta = {
-        "backbone": {"name": "t2t_vit", "arguments": arguments},
-        "normalisation": {"mean": list(MEAN), "std": list(STD)},
-        "image_size": arguments["image_size"],
-        "provenance": {"source": "t2t_vit", "file": path.name, "entry": entry, "heads": f"{heads}, {reason}"},
-    }
-    return backbone.eval(), meta
-
-
-def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, Any]:
+def infer_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `make_backbone("t2t_vit", ...)` but for the heads, from names and shapes, which must hold NEEDED.
 
     Raises ValueError for a position table that is not square, and a stem of convolutions.
@@ -100,7 +81,7 @@ def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, An
     cells = tensors["pos_embed"].shape[1] - 1
     grid = math.isqrt(max(cells, 0))
     if grid < 1 or grid * grid != cells:
-        raise ValueError(f"{what}: a position table of {cells} patches is not square")
+        raise ValueError(f"a position table of {cells} patches is not square")
     return {
         **OFFICIAL,
         "image_size": grid * patch_size,
@@ -108,7 +89,7 @@ def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, An
         "depth": _depth(tensors),
         "mlp_ratio": tensors["blocks.0.mlp.fc2.weight"].shape[1] / embed_dim,
         "token_dim": len(tensors[f"{STEM}norm2.weight"]),
-        "stem_attention": _stem_attention(tensors, what),
+        "stem_attention": _stem_attention(tensors),
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors or "blocks.0.attn.q.bias" in tensors,
         "num_classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
         **_variant(tensors),
@@ -116,24 +97,24 @@ def infer_arguments(tensors: Mapping[str, Tensor], *, what: str) -> dict[str, An
     }
 
 
-def _check_kind(tensors: Mapping[str, Tensor], stored: Mapping[str, Any], what: str) -> None:
+def _check_kind(tensors: Mapping[str, Tensor]) -> None:
     if lacking := [k for k in NEEDED if k not in tensors]:
         raise ValueError(
-            f"{what} is not a T2T-ViT backbone: it lacks {', '.join(lacking)}. It holds {len(tensors)} tensors: "
-            f"{list_names(tensors or stored)}"
+            f"it is not a T2T-ViT backbone: it lacks {', '.join(lacking)}. It holds {len(tensors)} tensors: "
+            f"{list_names(tensors)}"
         )
     if wrong := [k for k, axes in NEEDED.items() if tensors[k].ndim != axes or not tensors[k].numel()]:
         shapes = ", ".join(f"{k} {tuple(tensors[k].shape)}" for k in wrong)
-        raise ValueError(f"{what} is not a T2T-ViT backbone: it cannot have the shapes {shapes}")
+        raise ValueError(f"it is not a T2T-ViT backbone: it cannot have the shapes {shapes}")
 
 
-def _stem_attention(tensors: Mapping[str, Tensor], what: str) -> str:
+def _stem_attention(tensors: Mapping[str, Tensor]) -> str:
     if f"{STEM}w" in tensors and f"{STEM}kqv.weight" in tensors:
         return "performer_official"
     if f"{STEM}attn.qkv.weight" in tensors:
         return "transformer"
     raise ValueError(
-        f"{what}: its stem is neither a Performer ({STEM}w and {STEM}kqv.weight) nor a transformer "
+        f"its stem is neither a Performer ({STEM}w and {STEM}kqv.weight) nor a transformer "
         f"({STEM}attn.qkv.weight). It holds: {list_names(k for k in tensors if k.startswith('tokens_to_token.'))}"
     )
 
@@ -163,30 +144,33 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"growth": len(growth), "dense_groups": "-".join(str(len(group)) for group in kinds.split("t"))}
 
 
-def _guess_heads(tensors: Mapping[str, Tensor], loaded: Mapping[str, Any], path: Path) -> tuple[int, str]:
+def _guess_heads(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[int, str]:
     """The number of attention heads and why. Raises ValueError for a width that no released model has."""
     embed_dim = tensors["cls_token"].shape[-1]
-    for place, name in (('its "arch"', str(loaded.get("arch", ""))), ("the file's name", path.name)):
+    for place, name in hints.names.items():
         if "resnext" in name.lower():
             return RESNEXT_HEADS, f"since {place} says resnext"
     if "blocks.0.dense_linear.bias" in tensors:
         return DENSE_HEADS, "as in the dense variant"
     if embed_dim % HEAD_DIM:
         raise ValueError(
-            f"{path}: shapes do not tell the number of attention heads, and width {embed_dim} is no multiple of "
+            f"shapes do not tell the number of attention heads, and width {embed_dim} is no multiple of "
             f"{HEAD_DIM}, which all released models have in a head: give num_heads"
         )
     return embed_dim // HEAD_DIM, f"each {HEAD_DIM} wide"
 
 
-def _check_positions(table: Tensor, what: str) -> None:
+def _check_positions(table: Tensor) -> None:
     """Positions of other grids are computed by the formula, so a table of another origin would be wrong there."""
     formula = sinusoid_positions(table.shape[1], table.shape[2])
     difference = float((table.float() - formula).abs().max())
     if not difference <= TABLE_TOLERANCE:
         side = math.isqrt(table.shape[1] - 1)
         raise ValueError(
-            f"{what}: its position table is not the sinusoids of T2T-ViT for {side} x {side} patches (greatest "
+            f"its position table is not the sinusoids of T2T-ViT for {side} x {side} patches (greatest "
             f"difference {difference:.3g}): it was trained, or resized from another grid. Load the file it was made "
             "from; any image size is computed from that"
         )
+
+
+FAMILY = Family("t2t_vit", f"a T2T-ViT has {', '.join(NEEDED)}", recognises, convert, adds_registers=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import torch
 from torch import Tensor
 
 NEEDS_CODE = re.compile(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([\w.]+) was not an allowed")
+UNREADABLE = (  # what torch.load raises, depending on where a broken file goes wrong
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, MemoryError,
+    ArithmeticError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
 SHOWN = 12  # names listed in an error (ours: they fit a terminal)
 
 
@@ -23,13 +29,35 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
+    _check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return loaded
+    return {str(k): v for k, v in loaded.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses zips that torch.load would take for something else, or that claim to unpack to more than they are."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise ValueError(
+            f"{path} is a TorchScript archive: a program with its weights, and it is not run. Where you trust it, save "
+            f'its weights alone, with torch.save(torch.jit.load("{path.name}", "cpu").state_dict(), "weights.pth"), '
+            "and load that"
+        )
+    claimed, size = sum(part.file_size for part in parts), path.stat().st_size
+    if claimed > size:
+        raise ValueError(f"{path} has {size} bytes, and its parts claim {claimed}: it is broken, or no torch file")
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -59,7 +87,7 @@ def choose_entry(loaded: Mapping[str, Any], names: Iterable[str]) -> tuple[str, 
     return "", loaded
 
 
-def plain_names(tensors: Mapping[str, Tensor], rename: Callable[[str], str], *, what: str) -> dict[str, Tensor]:
+def plain_names(tensors: Mapping[str, Tensor], rename: Callable[[str], str], *, what: str = "it") -> dict[str, Tensor]:
     """`tensors` under other names. Raises ValueError if two names become one."""
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -68,6 +96,23 @@ def plain_names(tensors: Mapping[str, Tensor], rename: Callable[[str], str], *, 
             raise ValueError(f"{what} holds two tensors that are both {name!r} once prefixes are removed")
         found[name] = value
     return found
+
+
+def check_stored(tensors: Mapping[str, Tensor], *, what: str) -> None:
+    """Raises ValueError naming tensors that are no plain numbers, or larger than what is stored of them.
+
+    A view that repeats one number a billion times takes no room in a file, and all the memory there is when loaded.
+    """
+    odd = [k for k, v in tensors.items() if not _is_plain(v)]
+    if odd:
+        shown = ", ".join(f"{k} ({tensors[k].dtype}, {tuple(tensors[k].shape)})" for k in odd[:SHOWN])
+        raise ValueError(f"{what} holds tensors that are not plain arrays of floating-point numbers: {shown}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_quantized:
+        return False
+    return tensor.is_meta or tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def strip_prefixes(key: str, prefixes: Iterable[str]) -> str:
