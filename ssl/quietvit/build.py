@@ -108,6 +108,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         precision=precision,
         probe=_probe(config, source, device, precision),
         health_every=config.health.every,
+        gauge_every=config.health.gauge_every,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         max_bad_steps=config.train.max_bad_steps,

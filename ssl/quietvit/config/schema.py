@@ -182,6 +182,9 @@ class HealthConfig:
     label: str = "class"  # label set for the online k-NN, where there is one
     neighbours: int = 20  # DINO's figure
     size: int | None = None  # side of the images looked at; None: the global crop
+    # Steps between two readings of the artifact gauge, and at the last step; 0: none. Ours: under 1 % of the time
+    # (benchmarks/results/gauge-2026-11-21.json).
+    gauge_every: int = 100
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from quietvit import dist
+from quietvit.backbones import Trunk
 from quietvit.contracts import Batch
 from quietvit.data.quarantine import BadImages
 from quietvit.schedules import Schedules
 from quietvit.train import checkpoint, state
 from quietvit.train.accumulate import split
+from quietvit.train.gauge import ArtifactGauge, Episodes
 from quietvit.train.health import Probe, TargetGauge, verdicts
-from quietvit.train.metrics import MetricsLog, NoMetrics
+from quietvit.train.metrics import MetricsLog, NoMetrics, read_metrics
 from quietvit.train.parallel import Engine
 from quietvit.train.progress import Progress
 from quietvit.train.signals import StopRequest
@@ -59,6 +61,7 @@ class Training:
     embed_dim: int
     prototypes: int
     engine: Engine
+    gauge_every: int = 0  # steps between two readings of the artifact gauge; 0: none
     background: bool = False  # checkpoints are written while training goes on
     timeout: float = 600.0  # seconds without progress before a run of several processes ends (PyTorch's for NCCL)
     console: Console = field(default_factory=Console)
@@ -143,6 +146,12 @@ class _Loop:
         self.window: list[tuple[float, float]] = []  # (seconds of a step, seconds of it spent waiting for data)
         self.health: dict[str, float] = {}
         self.method: Method = training.method  # type: ignore[assignment]
+        backbone: Trunk = training.method.teacher["backbone"]  # type: ignore[index,assignment]
+        self.artifacts = ArtifactGauge(backbone, every=training.gauge_every, steps=training.steps)
+        self.episodes = Episodes(training.run_dir, num_registers=backbone.num_registers)
+        if dist.rank() == 0:
+            self.episodes.replay(read_metrics(training.run_dir / "metrics.jsonl"))
+        self.notes: list[str] = []  # for the progress line
 
     def advance(self, step: int, batches: Iterator[Batch], *, stop: Callable[[], bool]) -> bool:
         """One step: batch `step` (counted from 0) becomes weights of step + 1. Returns whether a rank wants to stop."""
@@ -155,19 +164,20 @@ class _Loop:
         micro = split(batch.to(t.device), t.accumulate)
         seed_step(t.seed, step)
         at = t.schedules.at(step)
-        outcome = train_step(
-            self.method,
-            t.optimizer,
-            micro,
-            at,
-            clip=t.clip,
-            device=t.device,
-            precision=t.precision,
-            state=running_buffers(t.method),
-            engine=t.engine,
-            stop=stop,
-            at_place=self.watch.at,
-        )
+        with self.artifacts.watching(step + 1):
+            outcome = train_step(
+                self.method,
+                t.optimizer,
+                micro,
+                at,
+                clip=t.clip,
+                device=t.device,
+                precision=t.precision,
+                state=running_buffers(t.method),
+                engine=t.engine,
+                stop=stop,
+                at_place=self.watch.at,
+            )
         self.window = [*self.window[-49:], (time.monotonic() - before, waited)]
         seconds = sum(s for s, _ in self.window)
         share = sum(w for _, w in self.window) / seconds
@@ -189,11 +199,23 @@ class _Loop:
         if outcome.broken:
             self._tell_skipped(step, outcome)
         shown = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
-        self.progress.update(step + 1, shown | self.health, wait_share=share, images_per_s=speed)
+        if self.artifacts.due(step + 1):
+            self.watch.at("health")
+            self.read_artifacts(step + 1)
+        self.progress.update(step + 1, shown | self.health, notes=self.notes, wait_share=share, images_per_s=speed)
         if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
             self.watch.at("health")
             self.look(step + 1, self.gauge.read())
         return outcome.stop
+
+    def read_artifacts(self, step: int) -> None:
+        """What the gauge counted in the step: figures to the log, what began or ended to the screen."""
+        values = self.artifacts.read()
+        self.log.write(step, values)
+        self.notes = [f"artifacts {100 * values['artifacts/share']:.1f} %"]
+        if dist.rank() == 0:
+            for sentence in self.episodes.add(step, values):
+                self.progress.say(f"  {sentence}")
 
     def look(self, step: int, values: dict[str, float]) -> None:
         """The health check: held-out images through the teacher, figures to the log, sentences to the screen."""

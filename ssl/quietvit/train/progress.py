@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -36,10 +36,18 @@ class Progress:
         self._printed = float("-inf")
         self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
 
-    def update(self, step: int, values: Mapping[str, float], *, wait_share: float, images_per_s: float) -> None:
-        """Show the state after `step` steps are done."""
+    def update(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        wait_share: float,
+        images_per_s: float,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Show the state after `step` steps are done, with `notes` after the values."""
         left = (self.steps - step) * self.images_per_step / max(images_per_s, 1e-9)
-        parts = [f"{k} {v:.3f}" for k, v in values.items()]
+        parts = [*(f"{k} {v:.3f}" for k, v in values.items()), *notes]
         line = (
             f"step {step}/{self.steps}  {'  '.join(parts)}  {images_per_s:.1f} images/s  "
             f"data wait {wait_share:.0%}  ETA {duration(left)}"
