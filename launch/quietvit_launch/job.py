@@ -51,7 +51,15 @@ def check_data(config: RunConfig) -> None:
     data = config.data
     source = open_source(data.source, data.path, split=data.split, **data.options)
     if isinstance(config.train.batch_size, int):
-        plan(config, num_images=len(source), batch_size=config.train.batch_size, stride=config.model.patch_size)
+        stride = config.model.patch_size or 1  # that of a model that is yet to be read decides nothing here
+        plan(config, num_images=len(source), batch_size=config.train.batch_size, stride=stride)
+
+
+def check_start(config: RunConfig, out_dir: Path) -> None:
+    """Raises ConfigError if there is no model where init.from says. A run that is resumed does without."""
+    begins = config.init.from_
+    if begins is not None and not Path(begins).expanduser().exists() and not has_checkpoint(out_dir):
+        raise ConfigError(f"init.from={begins}: there is no such file or folder")
 
 
 def prepare_run_dir(out_dir: Path, config: RunConfig) -> list[Path]:
@@ -100,7 +108,7 @@ def withdraw(made: list[Path]) -> None:
             if path.is_dir():
                 path.rmdir()
             else:
-                for name in ("environment.json", STATUS):
+                for name in ("environment.json", "init.json", STATUS):
                     path.with_name(name).unlink(missing_ok=True)
                 path.unlink()
 
@@ -108,8 +116,10 @@ def withdraw(made: list[Path]) -> None:
 def begin(job: Job) -> list[Path]:
     """Check a job's settings and data and make its folder; returns what `prepare_run_dir` does. Needs no torch."""
     config = job.config()
+    out_dir = Path(job.out_dir).expanduser()
+    check_start(config, out_dir)
     check_data(config)
-    return prepare_run_dir(Path(job.out_dir).expanduser(), config)
+    return prepare_run_dir(out_dir, config)
 
 
 def run_job(job: Job, console: Console) -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 from quietvit.config.load import ConfigError
 from quietvit.config.schema import RunConfig
 from quietvit.train.signals import StopRequest
-from quietvit_launch.job import Job, check_data, check_same_run, run_job, write_status
+from quietvit_launch.job import Job, check_data, check_same_run, check_start, run_job, write_status
 from quietvit_launch.worker import run_rank
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run_locally(job: Job, processes: int | None = None) -> int:
     Raises ConfigError for more processes than GPUs.
     """
     config = job.config()
+    check_start(config, Path(job.out_dir).expanduser())
     check_data(config)
     check_same_run(Path(job.out_dir).expanduser(), config)
     if processes != 1:

@@ -22,7 +22,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from quietvit.config.load import ConfigError, from_mapping
 from quietvit.config.schema import RunConfig
 from quietvit.files import write_text
-from quietvit_launch.job import Job, check_data, check_same_run, prepare_run_dir, withdraw
+from quietvit_launch.job import Job, check_data, check_same_run, check_start, prepare_run_dir, withdraw
 from quietvit_launch.snapshot import snapshot_path, take_snapshot
 from quietvit_launch.tasks import Evaluate, Evaluation, Train
 
@@ -201,6 +201,7 @@ def submit(
         check_share(config, slurm)
         check_same_run(out, config)
         if slurm.check_data:
+            check_start(config, out)
             check_data(config)
     # Frozen: the recipe may be edited before the job starts, or starts again.
     tasks = [Train(Job(str(o / "config.yaml"), (), str(o)), slurm.max_requeues, slurm.signal_delay_s) for o in outs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,20 +13,19 @@ from rich.console import Console
 from torch import nn
 
 from quietvit import dist, schedules
-from quietvit.backbones import Trunk, make_backbone
+from quietvit.backbones import BACKBONES, Trunk, make_backbone
+from quietvit.config.adopt import adopt, backbone_arguments
 from quietvit.config.load import ConfigError, config_hash
-from quietvit.config.resolve import Plan, plan
+from quietvit.config.resolve import Plan, check_sizes, plan
 from quietvit.config.schema import HeadConfig, RunConfig
 from quietvit.contracts import Batch
 from quietvit.data.crops import BlurChoice, MultiCrop
-from quietvit.data.loader import MultiCropBatches, make_loader
+from quietvit.data.loader import MultiCropBatches, make_batches
 from quietvit.data.quarantine import BadImages
 from quietvit.data.ram_cache import cached
 from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.methods import METHODS
-from quietvit.nn.block import Block
-from quietvit.nn.feed_forward import swiglu_width
 from quietvit.optim import make_optimizer, parameter_groups
 from quietvit.train import checkpoint
 from quietvit.train.device import (
@@ -39,14 +37,17 @@ from quietvit.train.device import (
     own_device,
     pick_device,
     pick_precision,
+    shapes_of,
     step_memory,
 )
 from quietvit.train.environment import environment
+from quietvit.train.guard import Guard, Rules
 from quietvit.train.health import Probe
-from quietvit.train.held_out import choose_held_out
+from quietvit.train.held_out import choose_held_out, val_split
 from quietvit.train.loop import Training
 from quietvit.train.parallel import parallelise, pick_strategy
 from quietvit.weights.native import save_teacher
+from quietvit.weights.start import Start, Triple, read_start
 
 
 def build_training(config: RunConfig, run_dir: Path, console: Console) -> Training:
@@ -60,16 +61,20 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
     device = own_device(pick_device(config.train.device))
     strategy = pick_strategy(config.parallel.strategy)
     precision = pick_precision(config.train.precision, device)
+    settings = config_hash(config)
+    config, start = _read_start(config, run_dir)
     source = _open_source(config)
     torch.manual_seed(config.train.seed)
-    method = build_method(config).to(device)
+    start, begun = (None, None) if start is None else start.backbone(backbone_arguments(config.model, start.arguments))
+    method = build_method(config, begun).to(device)
     backbone: Trunk = method.student["backbone"]
-    batch_size, memory = _batch_size(
-        config, step_shapes(config, method.student), device, precision, num_images=len(source), run_dir=run_dir
-    )
+    shapes = step_shapes(config, method.student)
+    batch_size, memory = _batch_size(config, shapes, device, precision, num_images=len(source), run_dir=run_dir)
     the_plan = plan(config, num_images=len(source), batch_size=batch_size, stride=backbone.stride)
     if dist.rank() == 0:
         write_text(run_dir / "environment.json", json.dumps(environment(device), indent=1))
+        if start is not None:
+            start.write(run_dir)
     bad_images = BadImages(run_dir, num_images=len(source), max_share=config.data.max_bad_share, rank=dist.rank())
     parameters = sum(p.numel() for p in backbone.parameters())
     engine = parallelise(
@@ -80,16 +85,12 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         device=device,
         precision=precision,
     )
-    processes = dist.world_size()
-    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type}, {strategy})"
+    probe = _probe(config, source, device, precision)
     console.print(
-        f"data: {source.name}\n"
-        f"model: {config.model.backbone} {config.model.size}, patch {backbone.stride}, {config.model.num_registers} "
-        f"registers, {parameters / 1e6:.2f} M parameters\n"
-        f"run: {the_plan.steps} steps of {batch_size} images = {the_plan.passes:.1f} passes, "
-        f"peak lr {the_plan.lr:.2g}\n"
-        f"on: {where}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about {memory / GIB:.1f} GiB needed, "
-        f"{free_memory(device) / GIB:.1f} GiB free",
+        *_told(config, source, the_plan, start, parameters=parameters),
+        f"on: {_place(device, strategy)}, {'bf16' if precision is torch.bfloat16 else 'fp32'}, about "
+        f"{memory / GIB:.1f} GiB needed, {free_memory(device) / GIB:.1f} GiB free",
+        sep="\n",
         highlight=False,
         soft_wrap=True,
     )
@@ -106,22 +107,94 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         seed=config.train.seed,
         device=device,
         precision=precision,
-        probe=_probe(config, source, device, precision),
+        probe=probe,
         health_every=config.health.every,
         gauge_every=config.health.gauge_every,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
         max_bad_steps=config.train.max_bad_steps,
         bad_images=bad_images,
-        save_teacher=partial(_save_teacher, config, source),
-        meta={"config_hash": config_hash(config), "batch_size": batch_size},
+        save_teacher=partial(_save_teacher, config, settings, source, start),
+        meta={"config_hash": settings, "batch_size": batch_size},
         embed_dim=backbone.embed_dim,
         prototypes=config.objective.head.num_prototypes,
         engine=engine,
+        freeze_steps=the_plan.backbone_freeze_steps,
+        guard=_guard(config, run_dir) if start is not None and probe is not None else None,
         background=config.checkpoint.background,
         timeout=config.parallel.timeout,
         console=console,
     )
+
+
+def _read_start(config: RunConfig, run_dir: Path) -> tuple[RunConfig, Start | None]:
+    """The model that the run begins with, if it does, and the config with what it takes over from that."""
+    file, model = config.init.from_, config.model
+    if file is None:
+        return config, None
+    alone = Path(file).expanduser()
+    heads = model.num_heads if alone.is_file() and alone.suffix != ".safetensors" else None
+    start = read_start(
+        file,
+        run_dir,
+        resumed=bool(checkpoint.complete(run_dir)),
+        num_heads=heads if model.backbone == "t2t_vit" else None,
+    )
+    sizes = BACKBONES[start.name].SIZES
+    config = adopt(config, name=start.name, arguments=start.arguments, mean=start.mean, std=start.std, sizes=sizes)
+    assert config.model.patch_size is not None
+    check_sizes(config, stride=config.model.patch_size)
+    return config, start
+
+
+def _guard(config: RunConfig, run_dir: Path) -> Guard | None:
+    init = config.init
+    if init.guard == "off":
+        return None
+    return Guard(
+        run_dir,
+        Rules(
+            action=init.guard,
+            margin=init.guard_margin,
+            patience=init.guard_patience,
+            rewinds=init.guard_rewinds,
+            lr_factor=init.guard_lr_factor,
+        ),
+    )
+
+
+def _told(config: RunConfig, source: Source, the_plan: Plan, start: Start | None, *, parameters: int) -> Iterator[str]:
+    """Lines that say what is going to be done."""
+    model = config.model
+    yield f"data: {source.name}"
+    if start is not None:
+        rest = the_plan.backbone_freeze_steps
+        yield (
+            f"begins with: {start.file} ({start.name}, weights {start.hash[:12]}; "
+            f"{'; '.join(start.changes) or 'nothing changed'}). The heads are new"
+            + (f"; for {rest} steps only they learn" if rest else "")
+        )
+    yield (
+        f"model: {model.backbone} {model.size or f'{model.embed_dim} x {model.depth}'}, patch {model.patch_size}, "
+        f"{model.num_registers} registers, {parameters / 1e6:.2f} M parameters"
+    )
+    yield (
+        f"run: {the_plan.steps} steps of {the_plan.batch_size} images = {the_plan.passes:.1f} passes, "
+        f"peak lr {the_plan.lr:.2g}"
+    )
+
+
+def _place(device: torch.device, strategy: str) -> str:
+    processes = dist.world_size()
+    return f"{device}" if processes == 1 else f"{processes} processes ({device.type}, {strategy})"
+
+
+def _normalisation(config: RunConfig) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of the input, RGB in [0, 1]: given, default or taken over from a model by now."""
+    mean, std = config.data.mean, config.data.std
+    assert mean is not None
+    assert std is not None
+    return mean, std
 
 
 def build_backbone(config: RunConfig) -> nn.Module:
@@ -149,11 +222,11 @@ def build_backbone(config: RunConfig) -> nn.Module:
         "recompute": model.stem.recompute or None,
     }
     arguments |= {k: v for k, v in given.items() if v is not None}
-    return make_backbone(model.backbone, size=model.size, **arguments)
+    return make_backbone(model.backbone or "vit", size=model.size, **arguments)
 
 
-def build_method(config: RunConfig) -> Any:
-    """The row of METHODS that the config names, with student, teacher and heads."""
+def build_method(config: RunConfig, backbone: nn.Module | None = None) -> Any:
+    """The row of METHODS that the config names, with student, teacher and heads. `backbone` None: a fresh one."""
     objective = config.objective
     if objective.method not in METHODS:
         raise ValueError(f"objective.method={objective.method!r}: choose {', '.join(METHODS)}")
@@ -169,7 +242,7 @@ def build_method(config: RunConfig) -> Any:
         }
 
     return METHODS[objective.method](
-        lambda: build_backbone(config),
+        lambda: build_backbone(config) if backbone is None else backbone,
         head=head(objective.head),
         ibot_head=head(objective.ibot_head) if objective.separate_heads else None,
         centering=objective.centering,
@@ -182,8 +255,8 @@ def build_method(config: RunConfig) -> Any:
         ibot_denominator=objective.ibot_denominator,
         koleo_crops=objective.koleo_crops,
         koleo_across_ranks=objective.koleo_across_ranks,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=_normalisation(config)[0],
+        std=_normalisation(config)[1],
     )
 
 
@@ -238,15 +311,6 @@ def build_crops(config: RunConfig) -> MultiCrop:
     )
 
 
-def _workers(config: RunConfig, device: torch.device) -> int:
-    if config.data.workers >= 0:
-        return config.data.workers
-    if device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores - 1))
-
-
 def _batches(
     config: RunConfig, source: Source, the_plan: Plan, device: torch.device
 ) -> Callable[[int], Iterator[Batch]]:
@@ -261,39 +325,20 @@ def _batches(
         rank=dist.rank(),
         world_size=dist.world_size(),
     )
-
-    def batches(start: int) -> Iterator[Batch]:
-        loader = make_loader(
-            steps,
-            start_step=start,
-            total_steps=the_plan.steps,
-            workers=_workers(config, device),
-            pin_memory=device.type == "cuda",
-        )
-        return iter(loader)
-
-    return batches
+    return make_batches(steps, total_steps=the_plan.steps, workers=config.data.workers, device=device)
 
 
 def step_shapes(config: RunConfig, student: nn.ModuleDict) -> Shapes:
     """What decides the memory of a step of this config."""
-    backbone = cast(Trunk, student["backbone"])
-    crops, objective, options = config.crops, config.objective, backbone.options
-    extra, patches = 1 + options.num_registers, (crops.global_size // backbone.stride) ** 2
-    widths = [block.norm1.weight.numel() for block in backbone.blocks if isinstance(block, Block)]  # no transitions
-    hidden = int(sum(widths) / len(widths) * options.mlp_ratio)
+    crops, objective = config.crops, config.objective
     patch_head = objective.ibot_head if objective.separate_heads else objective.head
-    return Shapes(
+    return shapes_of(
+        cast(Trunk, student["backbone"]),
         parameters=sum(p.numel() for p in student.parameters()),
-        embed_dim=round(sum(widths) / len(widths)),
-        depth=len(widths),
-        stem_values=2 * backbone.stem_values(crops.global_size)
-        + crops.num_local * backbone.stem_values(crops.local_size),
-        ffn_values=4 * swiglu_width(hidden) if options.ffn == "swiglu" else 2 * hidden,
-        global_tokens=patches + extra,
-        local_tokens=(crops.local_size // backbone.stride) ** 2 + extra,
+        global_size=crops.global_size,
+        local_size=crops.local_size,
         num_local=crops.num_local,
-        masked_per_image=2 * patches * config.masks.probability * sum(config.masks.ratio) / 2,
+        masked_share=config.masks.probability * sum(config.masks.ratio) / 2,
         prototypes=objective.head.num_prototypes,
         patch_prototypes=patch_head.num_prototypes,
     )
@@ -341,22 +386,32 @@ def _batch_of_checkpoint(run_dir: Path) -> int | None:
     return None if size is None else int(size)
 
 
-def _save_teacher(config: RunConfig, source: Source, folder: Path, backbone: nn.Module, step: int) -> None:
+def _save_teacher(
+    config: RunConfig,
+    settings: str,
+    source: Source,
+    start: Start | None,
+    folder: Path,
+    backbone: nn.Module,
+    step: int,
+) -> None:
+    mean, std = _normalisation(config)
     save_teacher(
         folder,
         backbone,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=mean,
+        std=std,
         image_size=config.model.image_size or config.crops.global_size,
         provenance={
             "step": step,
             "seed": config.train.seed,
-            "config_hash": config_hash(config),
+            "config_hash": settings,
             "data": source.name,
             "data_fingerprint": source.fingerprint(),
             "objective": config.objective.method,
+            **({} if start is None else {"init": start.about()}),
         },
-        backbone_name=config.model.backbone,
+        backbone_name=config.model.backbone or "vit",
     )
 
 
@@ -366,21 +421,11 @@ def _probe(config: RunConfig, source: Source, device: torch.device, precision: t
         return None
     held_out = choose_held_out(
         source,
-        _validation(config),
+        val_split(config.data.source, config.data.path, config.data.split, config.data.options),
         label=health.label,
         num_images=health.images,
         num_bank=health.bank,
         size=health.size or config.crops.global_size,
         seed=config.train.seed,
     )
-    return Probe(held_out, config.data.mean, config.data.std, device, precision, health.neighbours)
-
-
-def _validation(config: RunConfig) -> Source | None:
-    """The val split of the training data, where there is one."""
-    if config.data.split != "train":
-        return None
-    try:
-        return open_source(config.data.source, config.data.path, split="val", **config.data.options)
-    except ValueError:
-        return None
+    return Probe(held_out, *_normalisation(config), device, precision, health.neighbours)

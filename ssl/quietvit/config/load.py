@@ -61,7 +61,27 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         values = OmegaConf.to_container(tree, resolve=True)
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {recipe!r} must be a mapping of sections (model, data, train, ...)")
-    return from_mapping(RunConfig, {str(k): v for k, v in values.items()}, "")
+    return from_mapping(RunConfig, _left_open({str(k): v for k, v in values.items()}), "")
+
+
+# What a run that begins with a model takes from it where the settings say nothing.
+OPEN = {
+    "model": ("backbone", "size", "patch_size", "num_registers", "layer_scale", "pos_interpolation", "pos_antialias"),
+    "data": ("mean", "std"),
+}
+
+
+def _left_open(values: dict[str, Any]) -> dict[str, Any]:
+    """Under `init.from` what is not given has no default: it is None, until the model is read."""
+    init = values.get("init")
+    if not isinstance(init, Mapping) or init.get("from") is None:
+        return values
+    opened = dict(values)
+    for section, names in OPEN.items():
+        given = values.get(section, {})
+        if isinstance(given, Mapping):
+            opened[section] = dict.fromkeys(names) | dict(given)
+    return opened
 
 
 def _recipe_text(recipe: str) -> str:
@@ -88,7 +108,8 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Fill dataclass `cls` from plain values, recursively and strictly. `where` is the dotted prefix for messages."""
-    hints = typing.get_type_hints(cls)
+    hints = {_setting(k): v for k, v in typing.get_type_hints(cls).items()}
+    fields = {_setting(f.name): f.name for f in dataclasses.fields(typing.cast(Any, cls))}
     out: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{where}{key}"
@@ -98,10 +119,21 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name!r} is a section, not a value: give {name}.<setting>=...")
-            out[key] = from_mapping(typing.cast(type[Any], hint), value, f"{name}.")
+            out[fields[key]] = from_mapping(typing.cast(type[Any], hint), value, f"{name}.")
         else:
-            out[key] = _convert(value, hint, name)
+            out[fields[key]] = _convert(value, hint, name)
     return cls(**out)
+
+
+def _setting(field: str) -> str:
+    """The name of a setting: that of its field, but for a last underscore, which Python's own words need (from_)."""
+    return field.removesuffix("_")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config, or a section of it, as nested dictionaries by the names of the settings."""
+    values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {_setting(name): plain(v) if dataclasses.is_dataclass(v) else v for name, v in values}
 
 
 def _suggest(key: str, where: str, hints: Mapping[str, Any]) -> str:
@@ -144,6 +176,8 @@ def _convert_union(value: Any, args: tuple[Any, ...], name: str) -> Any:
     if value is None and type(None) in args:
         return None
     options = [a for a in args if a is not type(None)]
+    if len(options) == 1:
+        return _convert(value, options[0], name)
     for option in options:
         if type(value) is option:
             return value
@@ -162,20 +196,20 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            out |= flatten(value, f"{prefix}{f.name}.")
+            out |= flatten(value, f"{prefix}{_setting(f.name)}.")
         else:
-            out[f"{prefix}{f.name}"] = value
+            out[f"{prefix}{_setting(f.name)}"] = value
     return out
 
 
 def to_yaml(config: RunConfig) -> str:
     """The config as YAML that load_config reads back to an equal RunConfig."""
-    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(dataclasses.asdict(config)))))
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(plain(config)))))
 
 
 def config_hash(config: RunConfig) -> str:
     """First 12 hex digits of the SHA-256 of every setting."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    text = json.dumps(plain(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -188,6 +222,7 @@ RESUMABLE = (
     "checkpoint.",
     "health.",
     "train.device",
+    "init.guard",
 )
 
 

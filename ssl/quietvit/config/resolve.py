@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from quietvit.config.load import ConfigError
+from quietvit.config.load import OPEN, ConfigError, flatten
 from quietvit.config.schema import RunConfig
 
 
@@ -18,7 +18,8 @@ class Plan:
     passes: float  # over the data
     lr: float
     lr_warmup_steps: int
-    freeze_steps: int
+    freeze_steps: int  # of the prototypes
+    backbone_freeze_steps: int  # in a run that begins with a model
     temp_warmup_steps: int
     image_size: int
     grid: tuple[int, int]  # patches of a global crop
@@ -46,8 +47,41 @@ STEM_PATCHES = (4, 8, 16)
 def check(config: RunConfig) -> None:
     """All that can be known wrong before torch is imported. Raises ConfigError."""
     check_values(config)
+    check_init(config)
     check_stem(config)
-    check_sizes(config, stride=config.model.patch_size)
+    if config.model.patch_size is not None:
+        check_sizes(config, stride=config.model.patch_size)
+
+
+def check_init(config: RunConfig) -> None:
+    """Raises ConfigError for settings of `init` that cannot be, and for open ones in a run with fresh weights."""
+    init = config.init
+    if init.from_ is None:
+        settings = flatten(config)
+        if left := [f"{s}.{n}" for s, names in OPEN.items() for n in names if settings[f"{s}.{n}"] is None]:
+            raise ConfigError(f"{left[0]}=null: give a value; only a model that a run begins with (init.from) has one")
+        if init.freeze_steps is not None:
+            raise ConfigError(
+                f"init.freeze_steps={init.freeze_steps}: fresh weights have nothing to keep. Give the model to begin "
+                "with (init.from=FILE), or leave it out"
+            )
+    elif not init.from_:
+        raise ConfigError("init.from is empty: give a file or a folder, or leave it out")
+    if init.guard not in ("stop", "rewind", "off"):
+        raise ConfigError(f"init.guard={init.guard!r}: choose stop, rewind, off")
+    if not 0 < init.guard_lr_factor < 1:
+        raise ConfigError(f"init.guard_lr_factor={init.guard_lr_factor}: a factor between 0 and 1")
+    if not init.guard_margin >= 0:
+        raise ConfigError(f"init.guard_margin={init.guard_margin}: points of k-NN, 0 or more")
+    for name, count, least in (
+        ("freeze_steps", init.freeze_steps, 0),
+        ("guard_patience", init.guard_patience, 1),
+        ("guard_rewinds", init.guard_rewinds, 0),
+    ):
+        if count is not None and count < least:
+            raise ConfigError(f"init.{name}={count}: must be at least {least}")
+    if config.train.steps is not None and config.train.steps > 0:
+        _backbone_freeze(config, steps=config.train.steps, one_pass=0)
 
 
 def check_sizes(config: RunConfig, *, stride: int) -> None:
@@ -69,6 +103,8 @@ def check_sizes(config: RunConfig, *, stride: int) -> None:
 def check_stem(config: RunConfig) -> None:
     """Raises ConfigError for stem settings that no tokens-to-token stem has, or without such a stem."""
     model, stem = config.model, config.model.stem
+    if model.backbone is None:  # as in the model that the run begins with
+        return
     if model.backbone != "t2t_vit":
         given = [f"model.stem.{f.name}" for f in fields(stem) if getattr(stem, f.name) != f.default]
         if given:
@@ -79,7 +115,7 @@ def check_stem(config: RunConfig) -> None:
         return
     if stem.attention is not None and stem.attention not in STEM_ATTENTION:
         raise ConfigError(f"model.stem.attention={stem.attention!r}: choose {', '.join(STEM_ATTENTION)}")
-    if model.patch_size not in STEM_PATCHES:
+    if model.patch_size is not None and model.patch_size not in STEM_PATCHES:
         raise ConfigError(
             f"model.patch_size={model.patch_size}: a tokens-to-token stem has {', '.join(map(str, STEM_PATCHES))} "
             "(16 is T2T-ViT's own)"
@@ -155,7 +191,19 @@ def plan(config: RunConfig, *, num_images: int, batch_size: int, stride: int) ->
         lr=scaled_lr(config.optim.lr, batch_size, config.optim.scaling),
         lr_warmup_steps=round(config.optim.warmup * steps),
         freeze_steps=round(config.optim.freeze_last_layer * steps),
+        backbone_freeze_steps=_backbone_freeze(config, steps=steps, one_pass=-(-num_images // batch_size)),
         temp_warmup_steps=round(config.teacher.temp_warmup * steps),
         image_size=config.model.image_size or config.crops.global_size,
         grid=(cells, cells),
     )
+
+
+def _backbone_freeze(config: RunConfig, *, steps: int, one_pass: int) -> int:
+    asked = config.init.freeze_steps
+    if config.init.from_ is None:
+        return 0
+    if asked is None:
+        return min(one_pass, steps // 10)
+    if asked >= steps:
+        raise ConfigError(f"init.freeze_steps={asked}: of {steps} steps none is left for the backbone")
+    return asked

@@ -6,6 +6,8 @@ arrays, and the batch of step k is the same for any number of workers and after 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -152,6 +154,24 @@ def make_loader(
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
     )
+
+
+def make_batches(
+    steps: Dataset[Batch], *, total_steps: int, workers: int, device: torch.device
+) -> Callable[[int], Iterator[Batch]]:
+    """The batches from a step on, as a function of that step.
+
+    `workers` -1: as many as there are cores to spare, 8 at the most; none when training on the CPU itself.
+    """
+    if workers < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if device.type == "cpu" else max(0, min(8, cores - 1))
+
+    def batches(start: int) -> Iterator[Batch]:
+        pinned = device.type == "cuda"
+        return iter(make_loader(steps, start_step=start, total_steps=total_steps, workers=workers, pin_memory=pinned))
+
+    return batches
 
 
 def _as_it_is(batch: Any) -> Any:

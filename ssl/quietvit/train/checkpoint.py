@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from quietvit import dist
-from quietvit.files import write_atomically
+from quietvit.files import write_atomically, write_text
 
 STEP_NAME = re.compile(r"step_(\d{8})")
 STATE = "state"  # folder of shards
@@ -83,6 +83,46 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and STEP_NAME.fullmatch(p.name))
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is when it is complete."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Of a checkpoint folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Counters and notes of a complete checkpoint. Raises CheckpointError when they are damaged."""
+    with _damaged(folder.parents[1], folder):
+        return cast(dict[str, Any], json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Replace the counters and notes of a complete checkpoint. Raises CheckpointError when it cannot be written."""
+    with _explained(folder.parents[1], f"the notes of {folder.name}"):
+        write_text(folder / "state.json", json.dumps(meta, indent=1))
+
+
+def publish(folder: Path) -> None:
+    """Make the teacher of a complete checkpoint that of the run."""
+    for file in folder.glob("teacher.*"):
+        write_atomically(folder.parents[1] / file.name, functools.partial(shutil.copyfile, file))
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Remove every complete checkpoint of a later step than `step`, the newest first.
+
+    Each loses its name before its files, so that one half removed is not taken for a checkpoint.
+    """
+    with _explained(run_dir, f"the return to step {step}"):
+        for folder in reversed([p for p in complete(run_dir) if step_of(p) > step]):
+            leftover = folder.with_name(f".writing_dropped_{folder.name}")
+            os.replace(folder, leftover)
+            shutil.rmtree(leftover)
+
+
 class Writer:
     """Writes the checkpoints of one run. All ranks call `save` with the same arguments.
 
@@ -92,6 +132,7 @@ class Writer:
 
     def __init__(self, run_dir: Path, *, keep: int, background: bool = False) -> None:
         self.run_dir, self.keep = run_dir, keep
+        self.kept: frozenset[int | None] = frozenset()  # steps whose checkpoints stay, however old
         self._pending: tuple[Future[Any], int] | None = None
         self._group: Any = None
         if background and torch.distributed.is_initialized():
@@ -106,7 +147,7 @@ class Writer:
         *,
         save_teacher: Callable[[Path], None],
     ) -> Path:
-        """Write one checkpoint, then drop all but the newest `keep`.
+        """Write one checkpoint, then drop all but the newest `keep` and those of the steps in `kept`.
 
         `save_teacher(folder)` writes teacher.safetensors and teacher.json into a folder; all ranks call it. Raises
         CheckpointError when the folder cannot be written; what was complete before stays.
@@ -125,7 +166,7 @@ class Writer:
             with self._cleared_on_error(step):
                 save_teacher(temporary)
                 self._write(step, {k: v.detach().contiguous() for k, v in tensors.items()}, temporary / STATE)
-        return self.run_dir / "checkpoints" / f"step_{step:08d}"
+        return folder_of(self.run_dir, step)
 
     def _write(self, step: int, tensors: dict[str, Tensor], folder: Path) -> None:
         storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -166,17 +207,17 @@ class Writer:
         if dist.rank() != 0:
             return
         temporary = self._temporary(step)
-        final = self.run_dir / "checkpoints" / f"step_{step:08d}"
+        final = folder_of(self.run_dir, step)
         for file in (p for p in temporary.rglob("*") if p.is_file()):
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        for file in final.glob("teacher.*"):
-            write_atomically(self.run_dir / file.name, functools.partial(shutil.copyfile, file))
+        publish(final)
         for old in complete(self.run_dir)[: -self.keep]:
-            shutil.rmtree(old)
+            if step_of(old) not in self.kept:
+                shutil.rmtree(old)
 
     def _temporary(self, step: int) -> Path:
         return self.run_dir / "checkpoints" / f".writing_{step:08d}"
@@ -193,7 +234,7 @@ def find(run_dir: Path) -> Found | None:
             f"the checkpoint {newest} was written by an earlier version of quietvit, whose {OLD_STATE} this one does "
             "not read: finish the run with that version, or choose another --out. Its teacher.safetensors is good here"
         )
-    with _damaged(run_dir):
+    with _damaged(run_dir, newest):
         meta = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         index = HuggingFaceStorageReader(str(newest / STATE)).read_metadata().state_dict_metadata
         if not index:
@@ -206,7 +247,7 @@ def find(run_dir: Path) -> Found | None:
 def read(found: Found, tensors: Mapping[str, Tensor]) -> None:
     """Read a checkpoint into tensors of the same names and shapes, sharded or whole. Raises CheckpointError."""
     storage = HuggingFaceStorageReader(str(found.path / STATE))
-    with _damaged(found.path.parents[1]), _without_notices():
+    with _damaged(found.path.parents[1], found.path), _without_notices():
         load(cast(Any, dict(tensors)), storage_reader=storage, no_dist=not torch.distributed.is_initialized())
 
 
@@ -218,13 +259,13 @@ def read_whole(found: Found) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _damaged(run_dir: Path) -> Iterator[None]:
+def _damaged(run_dir: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
-        *earlier, newest = complete(run_dir)
+        earlier = [p for p in complete(run_dir) if p.name < folder.name]
         before = f" Remove it to resume from {earlier[-1].name}." if earlier else " Remove it to start anew."
-        raise CheckpointError(f"the checkpoint {newest} is damaged ({_reason(error)}).{before}") from error
+        raise CheckpointError(f"the checkpoint {folder} is damaged ({_reason(error)}).{before}") from error
 
 
 @contextlib.contextmanager

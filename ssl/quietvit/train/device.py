@@ -10,6 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from quietvit.backbones import Trunk
+from quietvit.nn.block import Block
+from quietvit.nn.feed_forward import swiglu_width
+
 GIB = 1024**3
 MOST_IMAGES = 64  # in a batch chosen automatically (ours: what a desktop GPU takes of the small models)
 
@@ -99,6 +103,37 @@ class Shapes:
     masked_per_image: float  # patches, on average
     prototypes: int
     patch_prototypes: int  # of the head that serves masked patches
+
+
+def shapes_of(
+    backbone: Trunk,
+    *,
+    parameters: int,
+    global_size: int,
+    local_size: int,
+    num_local: int,
+    masked_share: float,
+    prototypes: int,
+    patch_prototypes: int,
+) -> Shapes:
+    """Shapes of a step with this backbone. Crop sides in pixels; `masked_share`: of all patches of the global crops."""
+    options, stride = backbone.options, backbone.stride
+    extra, patches = 1 + options.num_registers, (global_size // stride) ** 2
+    widths = [block.norm1.weight.numel() for block in backbone.blocks if isinstance(block, Block)]  # no transitions
+    hidden = int(sum(widths) / len(widths) * options.mlp_ratio)
+    return Shapes(
+        parameters=parameters,
+        embed_dim=round(sum(widths) / len(widths)),
+        depth=len(widths),
+        stem_values=2 * backbone.stem_values(global_size) + num_local * backbone.stem_values(local_size),
+        ffn_values=4 * swiglu_width(hidden) if options.ffn == "swiglu" else 2 * hidden,
+        global_tokens=patches + extra,
+        local_tokens=(local_size // stride) ** 2 + extra,
+        num_local=num_local,
+        masked_per_image=2 * patches * masked_share,
+        prototypes=prototypes,
+        patch_prototypes=patch_prototypes,
+    )
 
 
 def step_memory(shapes: Shapes, batch_size: int, *, bytes_per_value: int, accumulate: int = 1) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from quietvit.data.center import center_view
 from quietvit.data.decode import UnreadableImage
-from quietvit.data.sources import Source
+from quietvit.data.sources import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,16 @@ class HeldOut:
     bank: UInt8[Tensor, "M 3 S S"] | None = None
     bank_labels: Int[Tensor, " M"] | None = None
     num_classes: int = 0
+
+
+def val_split(source: str, path: str | None, split: str, options: Mapping[str, Any]) -> Source | None:
+    """The val split of training data that is opened so, where there is one."""
+    if split != "train":
+        return None
+    try:
+        return open_source(source, path, split="val", **options)
+    except ValueError:
+        return None
 
 
 def choose_held_out(

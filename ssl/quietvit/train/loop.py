@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from quietvit.schedules import Schedules
 from quietvit.train import checkpoint, state
 from quietvit.train.accumulate import split
 from quietvit.train.gauge import ArtifactGauge, Episodes
+from quietvit.train.guard import ForgottenError, Guard
 from quietvit.train.health import Probe, TargetGauge, verdicts
 from quietvit.train.metrics import MetricsLog, NoMetrics, read_metrics
 from quietvit.train.parallel import Engine
@@ -61,6 +62,8 @@ class Training:
     embed_dim: int
     prototypes: int
     engine: Engine
+    freeze_steps: int = 0  # so long only the heads learn (quietvit.train.warmup)
+    guard: Guard | None = None  # of a run that begins with a model
     gauge_every: int = 0  # steps between two readings of the artifact gauge; 0: none
     background: bool = False  # checkpoints are written while training goes on
     timeout: float = 600.0  # seconds without progress before a run of several processes ends (PyTorch's for NCCL)
@@ -80,11 +83,17 @@ class Finished:
 def run(training: Training) -> Finished:
     """Train from the newest checkpoint of the run folder (or from the start) to the end or to a signal.
 
-    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row, TooManyUnreadable, CheckpointError,
-    and LostRankError when another process is gone.
+    Raises TrainingStoppedError after `max_bad_steps` non-finite steps in a row or by the forgetting guard,
+    TooManyUnreadable, CheckpointError, and LostRankError when another process is gone.
     """
     with contextlib.closing(training.engine), Watch(training.timeout) as watch:
-        finished = _run(training, watch)
+        finished = None
+        while finished is None:
+            try:
+                finished = _run(training, watch)
+            except ForgottenError as verdict:
+                watch.at("start")
+                _rewind(training, str(verdict))
         watch.at("end")
         dist.barrier()  # nobody takes the group away while another still needs it
         return finished
@@ -93,6 +102,7 @@ def run(training: Training) -> Finished:
 def _run(training: Training, watch: Watch) -> Finished:
     saved = _resume(training)
     start = saved or 0
+    guard = training.guard
     if start >= training.steps:
         _say(training, f"already finished: {start} of {training.steps} steps are done in {training.run_dir}")
         return Finished(start, training.steps, None, 0.0)
@@ -112,6 +122,10 @@ def _run(training: Training, watch: Watch) -> Finished:
         if start == 0:
             watch.at("health")
             loop.look(0, {})
+            if saved is None and guard is not None and guard.measures:
+                watch.at("checkpoint")
+                _save(training, writer, 0)
+                saved = 0
         step = start
         batches = training.batches(start)
         leave = dist.anywhere(bool(stop), training.device)
@@ -128,6 +142,8 @@ def _run(training: Training, watch: Watch) -> Finished:
                 watch.at("checkpoint")
                 _save(training, writer, step)
             progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
+    if guard is not None and step == training.steps:
+        _say(training, guard.finish())
     signum = (stop.signum or int(signal.SIGTERM)) if leave and step < training.steps else None
     return Finished(step, training.steps, signum, time.monotonic() - began)
 
@@ -164,6 +180,8 @@ class _Loop:
         micro = split(batch.to(t.device), t.accumulate)
         seed_step(t.seed, step)
         at = t.schedules.at(step)
+        if t.guard is not None:
+            at = replace(at, lr=at.lr * t.guard.lr_factor, last_layer_lr=at.last_layer_lr * t.guard.lr_factor)
         with self.artifacts.watching(step + 1):
             outcome = train_step(
                 self.method,
@@ -175,6 +193,7 @@ class _Loop:
                 precision=t.precision,
                 state=running_buffers(t.method),
                 engine=t.engine,
+                resting=[self.method.trainable()["backbone"]] if step < t.freeze_steps else (),
                 stop=stop,
                 at_place=self.watch.at,
             )
@@ -203,10 +222,17 @@ class _Loop:
             self.watch.at("health")
             self.read_artifacts(step + 1)
         self.progress.update(step + 1, shown | self.health, notes=self.notes, wait_share=share, images_per_s=speed)
-        if (step + 1) % t.health_every == 0 or step + 1 == t.steps:
+        if step + 1 == t.freeze_steps:
+            self.progress.say(f"step {step + 1}: from here on the backbone learns too")
+        if self._is_looked_at(step + 1):
             self.watch.at("health")
             self.look(step + 1, self.gauge.read())
         return outcome.stop
+
+    def _is_looked_at(self, step: int) -> bool:
+        t = self.t
+        guarded = t.guard is not None and t.guard.measures and step % t.checkpoint_every == 0
+        return step % t.health_every == 0 or step == t.steps or guarded
 
     def read_artifacts(self, step: int) -> None:
         """What the gauge counted in the step: figures to the log, what began or ended to the screen."""
@@ -232,6 +258,17 @@ class _Loop:
             values, embed_dim=self.t.embed_dim, prototypes=self.t.prototypes, progress=step / self.t.steps
         ):
             self.progress.say(f"  warning: {sentence}")
+        self._judge(step, values)
+
+    def _judge(self, step: int, values: dict[str, float]) -> None:
+        """Ask the forgetting guard, if there is one. Raises ForgottenError."""
+        if self.t.guard is None:
+            return
+        try:
+            for sentence in self.t.guard.judge(step, values, last=step == self.t.steps):
+                self.progress.say(f"  {sentence}")
+        finally:
+            self.log.write(step, self.t.guard.figures())
 
     def _tell_skipped(self, step: int, outcome: Outcome) -> None:
         terms = ", ".join(outcome.broken)
@@ -254,6 +291,11 @@ def _resume(training: Training) -> int | None:
     found = checkpoint.find(training.run_dir)
     if found is None:
         return None
+    if training.guard is not None and "guard" in found.meta:
+        training.guard.resume(found.meta["guard"])
+        if (said := training.guard.stopped_before()) is not None:
+            raise TrainingStoppedError(f"this run was stopped at its last look: {said}")
+    training.optimizer.state.clear()  # after a rewind it may hold moments that the checkpoint has none of
     tensors = state.room_for(training.method, training.optimizer, found.shapes)
     checkpoint.read(found, tensors)
     state.restore(training.method, training.optimizer, tensors)
@@ -265,11 +307,25 @@ def _say(training: Training, message: str) -> None:
     training.console.print(message, highlight=False, soft_wrap=True)  # a path cut in two cannot be copied
 
 
+def _rewind(training: Training, verdict: str) -> None:
+    """What the guard does when the model has forgotten. Raises TrainingStoppedError if that is the end."""
+    assert training.guard is not None
+    done = training.guard.rewind()
+    if done is None:
+        raise TrainingStoppedError(training.guard.stop(verdict))
+    _say(training, f"{verdict}\n{training.guard.table()}\n{done}")
+
+
 def _save(training: Training, writer: checkpoint.Writer, step: int) -> None:
     backbone: nn.Module = training.method.teacher["backbone"]  # type: ignore[index,assignment]
+    meta = training.meta
+    if training.guard is not None:
+        best = training.guard.best_step
+        meta = {**meta, "guard": training.guard.saving(step)}
+        writer.kept = frozenset({best, training.guard.best_step})  # the old one until the new one is complete
     writer.save(
         step,
         state.gather(training.method, training.optimizer),
-        training.meta,
+        meta,
         save_teacher=lambda folder: training.save_teacher(folder, backbone, step),
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quietvit import dist, optim
 from quietvit.contracts import Batch, Targets
 from quietvit.schedules import StepValues
+from quietvit.train.warmup import drop_gradients
 
 
 class Method(Protocol):
@@ -77,12 +78,14 @@ def train_step(
     precision: torch.dtype,
     state: Mapping[str, Tensor],
     engine: Engine,
+    resting: Sequence[nn.Module] = (),
     stop: Callable[[], bool] = bool,
     at_place: Callable[[str], None] = lambda place: None,
 ) -> Outcome:
     """One optimizer step over the micro-batches of one effective batch (DINOv2; order of training.md 4.0).
 
     `state` are the method's own running buffers (centers): they go back to what they were when the step is skipped.
+    Parameters of the modules in `resting` are not updated (quietvit.train.warmup).
     `stop()` is asked at the end of the step: the outcome says whether any rank would, so that all leave together.
     `at_place` is told "teacher", "student" and "step" as they begin.
     """
@@ -117,6 +120,7 @@ def train_step(
         for name, value in state.items():
             value.copy_(before[name])
     else:
+        drop_gradients(resting)
         optim.apply_schedule(optimizer, lr=at.lr, last_layer_lr=at.last_layer_lr, weight_decay=at.weight_decay)
         optimizer.step()
         method.follow(at.momentum)
