@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quietvit.backbones.dense import Transition, dense_blocks
 from quietvit.contracts import Features
-from quietvit.nn.attention import Attend, Attention, check_attention_name, choose_attention
+from quietvit.nn.attention import Attend, check_attention_name, choose_attention
 from quietvit.nn.block import Block, LayerScale
 from quietvit.nn.drop_path import BranchDrop, draw_drop, drop_rates
 from quietvit.nn.ghost import ChannelScale
@@ -292,9 +292,9 @@ class Trunk(nn.Module, ABC):
         for i, earlier in enumerate(self.blocks[:index]):
             attend = self._attend(x, groups, cast(int, earlier.head_dim))
             x = earlier(x, groups, attend, self._draw(i, x, groups))
-        attention = cast(Attention, layer.attn)
-        qkv = unpack(attention.project(layer.norm1(x)), groups)[0]
-        by_head = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        chosen = cast(Block, layer)
+        qkv = unpack(chosen.attn.project(chosen.norm1(x)), groups)[0]
+        by_head = qkv.unflatten(-1, (3, chosen.attn.num_heads, chosen.head_dim))
         q, k, v = by_head.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
