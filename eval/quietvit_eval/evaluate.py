@@ -23,6 +23,7 @@ from quietvit.weights.extractor import BackboneExtractor, load, random_like
 from quietvit_eval.cards import Card, write_card
 from quietvit_eval.data import EvalData, choose_splits
 from quietvit_eval.dense_data.pairs import PairSource, open_pairs
+from quietvit_eval.discovery.features import PatchColours
 from quietvit_eval.extract import GIB, Reading, identity_of
 from quietvit_eval.feature_store import FeatureStore, open_store
 from quietvit_eval.pair_data import PairData, choose_pairs
@@ -83,9 +84,9 @@ def evaluate(
 ) -> list[Card]:
     """Score a frozen model by each of `tasks` (rows of TASKS), and with it the controls asked for.
 
-    Tasks of one call have one kind of target: labels of images, or classes or metres of pixels. In a process group each
-    rank takes a share of the images, all return the same cards and rank 0 writes them; its processes must run on one
-    machine, since they share files of features.
+    Tasks of one call have one kind of target: labels of images, classes or metres of pixels, or boxes. In a process
+    group each rank takes a share of the images, all return the same cards and rank 0 writes them; its processes must
+    run on one machine, since they share files of features.
 
     Args:
         model: what `quietvit.load` takes, or an extractor.
@@ -95,10 +96,11 @@ def evaluate(
             folders named by train indices as ImageNet-V2's (`quietvit_eval.label_maps`); None: the one of that name.
         real_labels: ReaL's real.json, to judge ImageNet's validation images by; None: by their folders.
         random_init: also score the same architecture with the weights it started from.
-        pixels: also score raw pixels (knn, linear).
-        image_size: side to score at; None: the task's rule. For labels, the training size, 224 at the most.
+        pixels: also score raw pixels (knn, linear; discovery: colours of patches).
+        image_size: side to score at (discovery: the longer one, at the most); None: the task's rule. For labels, the
+            training size, 224 at the most.
         limit_train, limit_test: use at most so many images, drawn with `seed`.
-        options: settings per task, e.g. {"linear": {"select": "val"}}; see KnnOptions, LinearOptions.
+        options: settings per task, e.g. {"linear": {"select": "val"}}; see KnnOptions and its like.
         batch_size: images that the model sees at a time, for tasks on labels.
         workers: processes that read images; 0: this one.
         memory_gb: GiB of features of labelled images that are held in memory; more lie in a file. Default: ours.
@@ -118,8 +120,7 @@ def evaluate(
     extractor = load(model, device, bf16=bf16) if isinstance(model, str | Path) else model
     sources = data_spec.open(target) if isinstance(data_spec, DataSpec) else data_spec
     store = _store(feature_cache, feature_cache_gb) if target == LABELS else None
-    memory = _bytes(memory_gb, "memory_gb")
-    reading = Reading(batch_size, workers, console, _folder(out_dir), memory, store)
+    reading = Reading(batch_size, workers, console, _folder(out_dir), _bytes(memory_gb, "memory_gb"), store)
     limits = (limit_train, limit_test)
     data: EvalData | PairData
     if target == LABELS:
@@ -133,7 +134,7 @@ def evaluate(
     return _all_cards(subjects, str(model) if isinstance(model, str | Path) else None, data, settings)
 
 
-PIXEL_CONTROLS = {"knn", "linear"}
+PIXEL_CONTROLS = {"knn", "linear", "discovery"}
 
 
 def _label_data(
@@ -263,6 +264,8 @@ def _subjects(
         yield "random-init", random_like(extractor)
     if isinstance(pixels, EvalData):
         yield "pixels", PixelExtractor(extractor, pixels.transform.image_size)
+    elif pixels is not None:
+        yield "pixels", PatchColours(extractor)
 
 
 def _score(
@@ -283,7 +286,7 @@ def _score(
             about = data.about(LABEL_TASKS[name].splits)
             view = {"image_size": data.transform.image_size, "view": asdict(data.transform), **data.test.rules}
         else:
-            about, view = data.about(), {}
+            about, view = data.about(result.splits), {}
         card = Card(
             task=name,
             subject=subject,

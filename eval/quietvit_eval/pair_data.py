@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,13 +121,14 @@ class PairData:
             elif item not in known:
                 known.append(item)
 
-    def merged(self, found: Mapping[int, T]) -> dict[int, T]:
-        """What all ranks found for their rows, together and in order. Raises ValueError if there is nothing."""
+    def merged(self, found: Mapping[int, T], split: str = "test") -> dict[int, T]:
+        """What all ranks found for their rows of a split, in order. Raises ValueError if there is nothing."""
         whole = {row: value for part in dist.gather_objects(dict(found)) for row, value in part.items()}
         if not whole:
-            bad = self._skipped.get("test", [])
+            bad = self._skipped.get(split, [])
             first = f"; the first: {bad[0].name}: {bad[0].reason}" if bad else ""
-            raise ValueError(f"none of the {len(self.test)} pairs of {self.test.source.name} can be read{first}")
+            part = {"train": self.train, "test": self.test}[split]
+            raise ValueError(f"none of the {len(part)} pairs of {part.source.name} can be read{first}")
         return dict(sorted(whole.items()))
 
     def state_file(self, task: str, facts: Mapping[str, Any]) -> Path | None:
@@ -138,10 +139,11 @@ class PairData:
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / "heads" / f"{task}-{key}.safetensors"
 
-    def about(self) -> dict[str, dict[str, Any]]:
-        """Both splits, for the card; ask once the task is done."""
+    def about(self, splits: Sequence[str] = ("train", "test")) -> dict[str, dict[str, Any]]:
+        """These splits, for the card; ask once the task is done."""
         out = {}
-        for name, part in (("train", self.train), ("test", self.test)):
+        for name in splits:
+            part: PairSplit = {"train": self.train, "test": self.test}[name]
             skipped = {b.name for some in dist.gather_objects(self._skipped.get(name, [])) for b in some}
             out[name] = {
                 "name": part.source.name,

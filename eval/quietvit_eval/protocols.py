@@ -34,9 +34,10 @@ class Protocol:
     name: str
     about: str  # first line of the recipe
     task: str
-    data: tuple[str, ...]  # the layouts it is for: rows of DATASETS, SEGMENTATION_SETS or DEPTH_SETS
+    data: tuple[str, ...]  # the layouts it is for: rows of DATASETS, SEGMENTATION_SETS, DEPTH_SETS or BOX_SETS
     size: int | None = None  # --size; None: the task's own rule
     options: Mapping[str, Any] = field(default_factory=dict)  # the task's, where they are not its defaults
+    test_split: str | None = None  # --test-split; None: val
     published: Published | None = None
 
 
@@ -82,6 +83,8 @@ def to_yaml(protocol: Protocol) -> str:
     tree: dict[str, Any] = {"task": protocol.task, "data": list(protocol.data)}
     if protocol.size is not None:
         tree["size"] = protocol.size
+    if protocol.test_split is not None:
+        tree["test_split"] = protocol.test_split
     tree["options"] = asdict(check_options(protocol))
     if protocol.published is not None:
         tree["published"] = asdict(protocol.published)
@@ -91,7 +94,7 @@ def to_yaml(protocol: Protocol) -> str:
 def _protocol(name: str, text: str) -> Protocol:
     where = f"protocol {name}"
     values = _read(where, text)
-    _check_keys(where, values, {"task", "data", "size", "options", "published"}, {"task", "data"})
+    _check_keys(where, values, {"task", "data", "size", "test_split", "options", "published"}, {"task", "data"})
     about = text.splitlines()[0]
     if not about.startswith("#"):
         raise ValueError(f"{where}: its first line must be a comment (#) that says what it is")
@@ -101,6 +104,8 @@ def _protocol(name: str, text: str) -> Protocol:
     _expect(where, "task", isinstance(values["task"], str), "the name of a task")
     _expect(where, "data", bool(data) and all(isinstance(d, str) for d in data), "the name of a layout, or a list")
     _expect(where, "size", size is None or (type(size) is int and size > 0), "a whole number of pixels")
+    test_split = values.get("test_split")
+    _expect(where, "test_split", test_split is None or isinstance(test_split, str), "the name of a split")
     _expect(where, "options", isinstance(options, dict), "a mapping of the task's options")
     published = values.get("published")
     return Protocol(
@@ -110,6 +115,7 @@ def _protocol(name: str, text: str) -> Protocol:
         tuple(data),
         size,
         options,
+        test_split,
         None if published is None else _published(f"{where}: published", published),
     )
 

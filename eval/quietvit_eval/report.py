@@ -50,6 +50,7 @@ CAPTIONS: Mapping[str, str] = {
     "segmentation": "mIoU: intersection over union of pixels counted over all test images, mean over classes",
     "segmentation-patches": "mIoU of labels of whole patches: cheap, not to be compared with trained heads",
     "depth": "rmse: root of the mean squared error within an image, mean over images",
+    "discovery": "CorLoc: images whose one box overlaps a true one by an IoU of 0.5 or more; IoU: its mean",
 }
 
 
@@ -137,7 +138,8 @@ def _caption(card: Card) -> str:
     test = card.data["test"]
     parts = [f"{test['images']:,} images of {test['name']}"]
     if train := card.data.get("train"):
-        parts.append(f"trained on {train['images']:,} of {train['name']}")
+        done = "bias chosen" if card.task == "discovery" else "trained"
+        parts.append(f"{done} on {train['images']:,} of {train['name']}")
     if choice := card.protocol.get("choice"):
         parts.append(str(choice))
     if about := CAPTIONS.get(card.task):

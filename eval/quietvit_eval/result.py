@@ -18,3 +18,4 @@ class Result:
     details: dict[str, Any]  # everything else worth keeping, e.g. which head was chosen
     per_image: PerImage
     higher_is_better: bool = True
+    splits: tuple[str, ...] = ("train", "test")  # which it read, where targets are not labels

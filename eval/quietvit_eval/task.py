@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from quietvit.contracts import Extractor
 from quietvit_eval.classifier import ClassifierTask
 from quietvit_eval.depth.task import DepthTask
+from quietvit_eval.discovery.task import DiscoveryTask
 from quietvit_eval.finetune import FinetuneTask
 from quietvit_eval.knn import KnnTask
 from quietvit_eval.linear import LinearTask
@@ -27,7 +28,7 @@ class Task(Protocol):
 
     @property
     def target(self) -> str:
-        """What it predicts: "labels" of images, or for every pixel "classes" or "metres"."""
+        """What it predicts: "labels" of images, for every pixel "classes" or "metres", or "boxes" of objects."""
         ...
 
     @property
@@ -70,7 +71,8 @@ PIXEL_TASKS: Mapping[str, Task] = {
     "segmentation-patches": SegmentationPatchesTask(),
     "depth": DepthTask(),
 }
-TASKS: Mapping[str, Task] = {**LABEL_TASKS, **PIXEL_TASKS}
+BOX_TASKS: Mapping[str, Task] = {"discovery": DiscoveryTask()}
+TASKS: Mapping[str, Task] = {**LABEL_TASKS, **PIXEL_TASKS, **BOX_TASKS}
 
 
 def make_options(name: str, given: Mapping[str, Any]) -> Any:

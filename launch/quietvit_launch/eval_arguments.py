@@ -19,6 +19,7 @@ EVAL_EXAMPLES = """examples:
   quietvit eval segmentation steps=500 crop=128 short_side=128 --model runs/photos --data ~/masks --kind folders \\
     --data-option num_classes=11 --data-option ignore=11
   quietvit eval depth eval_crop=none --model runs/photos --data ~/rgbd --kind folders --data-option scale=1000
+  quietvit eval discovery select=held_out --model runs/photos --data /data/VOCdevkit/VOC2007 --random-init --pixels
   quietvit eval knn --model my_model.py:make --data ~/labelled
   torchrun --nproc-per-node 8 -m quietvit_launch.cli eval linear views=crops --model runs/photos --data /data/imagenet
 The same command resumes an interrupted evaluation. Protocols: `quietvit protocols`.
@@ -45,14 +46,14 @@ def add_eval(commands: Commands, run: Callable[[argparse.Namespace], int]) -> No
     """`quietvit eval`."""
     parser = commands.add_parser(
         "eval",
-        help="judge frozen features: classes of images or of pixels, depth; or follow a published protocol",
+        help="judge frozen features: classes of images or of pixels, depth, objects; or follow a published protocol",
         epilog=EVAL_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "tasks",
         help="a protocol (see `quietvit protocols`), or tasks joined by commas: knn, linear, logistic, finetune, "
-        "classifier (the head that weights came with); segmentation, segmentation-patches; depth",
+        "classifier (the head that weights came with); segmentation, segmentation-patches; depth; discovery (LOST)",
     )
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="options of the task; of several tasks, task.key=value"
@@ -63,7 +64,7 @@ def add_eval(commands: Commands, run: Callable[[argparse.Namespace], int]) -> No
     parser.add_argument("--limit-train", type=at_least(1), help="use this many training images at the most")
     parser.add_argument("--limit-test", type=at_least(1), help="use this many test images at the most")
     parser.add_argument("--random-init", action="store_true", help="also score the same model before training")
-    parser.add_argument("--pixels", action="store_true", help="also score raw pixels (knn, linear)")
+    parser.add_argument("--pixels", action="store_true", help="also score raw pixels (knn, linear, discovery)")
     parser.add_argument(
         "--select",
         choices=("held_out", "val"),

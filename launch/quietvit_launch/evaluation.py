@@ -29,6 +29,7 @@ TASK_TARGETS: Mapping[str, str] = {
     "segmentation": "classes",
     "segmentation-patches": "classes",
     "depth": "metres",
+    "discovery": "boxes",
 }
 OUT_SUFFIXES = (".npz", ".parquet")
 WEIGHTS = "teacher.safetensors"
@@ -134,13 +135,14 @@ def typed_settings(plan: Plan) -> dict[str, dict[str, Any]]:
 def check_model(path: str) -> Path:
     """The model's path. Raises ValueError if no model can be there; needs no torch."""
     model = Path(path).expanduser()
-    what = f"a run folder, a {WEIGHTS} or an official file of DINOv2 or T2T-ViT"
+    what = f"a run folder, a {WEIGHTS}, or weights of DINOv2, T2T-ViT, open_clip, timm or transformers"
     if not model.exists():
         raise ValueError(f"there is no model at {path}: give {what}")
-    if model.is_dir() and not (model / WEIGHTS).is_file() and not any(model.glob(f"checkpoints/step_*/{WEIGHTS}")):
+    places = (WEIGHTS, f"checkpoints/step_*/{WEIGHTS}", "config.json", "open_clip_config.json")
+    if model.is_dir() and not any(any(model.glob(place)) for place in places):
         names = sorted(p.name for p in model.iterdir())[:8]
         raise ValueError(
-            f"there is no model in the folder {path}: looked for {WEIGHTS} and checkpoints/step_*/{WEIGHTS}, found "
+            f"there is no model in the folder {path}: looked for {' and '.join(places[:2])}, found "
             f"{', '.join(names) or 'nothing'}. Give {what}"
         )
     return model
@@ -196,6 +198,8 @@ def run_evaluation(args: argparse.Namespace) -> int:
     """`quietvit eval`: cards into a folder, tables on the screen."""
     plan = make_plan(args.tasks, args.settings, size=args.size, select=args.select)
     place, own = check_eval_model(args.model)
+    if args.test_split is None and plan.protocol is not None:
+        args.test_split = plan.protocol.test_split
     sources = open_data(args, TASK_TARGETS[plan.tasks[0]])
     out = Path(args.out).expanduser() if args.out else (place if place.is_dir() else place.parent) / "eval"
     settings = typed_settings(plan)
@@ -255,7 +259,9 @@ def _print_published(plan: Plan, args: argparse.Namespace, cards: Sequence[Card]
             highlight=False,
         )
         limits = [f"--{n.replace('_', '-')}" for n in ("limit_train", "limit_test") if getattr(args, n) is not None]
-        if changed := [*plan.deviations, *limits]:
+        wanted = plan.protocol.test_split
+        splits = ["--test-split"] if wanted is not None and args.test_split != wanted else []
+        if changed := [*plan.deviations, *splits, *limits]:
             console.print(f"Not comparable with these: this command has other {', '.join(changed)}.", highlight=False)
 
 

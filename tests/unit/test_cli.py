@@ -35,7 +35,7 @@ from quietvit_launch.mistakes import message_for_user
 
 UNKNOWN = (
     "unknown task 'knm': choose from knn, linear, logistic, finetune, classifier, segmentation, segmentation-patches, "
-    "depth"
+    "depth, discovery"
 )
 # Answers every command line of a list, then tells which of them it had to import torch for.
 PROBE = """

@@ -10,13 +10,14 @@ import pytest
 
 from quietvit.data.sources import DATASETS
 from quietvit_eval.dense_data.pairs import DEPTH_SETS, SEGMENTATION_SETS
+from quietvit_eval.discovery.data import BOX_SETS
 from quietvit_eval.option_values import parse_setting, parse_value, typed_options
 from quietvit_eval.protocols import check_options, load_protocol, protocols, to_yaml
 from quietvit_eval.task import TASKS, find_task
 from quietvit_launch import cli
 
 NAMES = sorted(protocols())
-LAYOUTS = {"labels": DATASETS, "classes": SEGMENTATION_SETS, "metres": DEPTH_SETS}
+LAYOUTS = {"labels": DATASETS, "classes": SEGMENTATION_SETS, "metres": DEPTH_SETS, "boxes": BOX_SETS}
 
 
 def test_the_published_protocols_are_there() -> None:
@@ -25,6 +26,7 @@ def test_the_published_protocols_are_there() -> None:
         "dinov2-ade20k-multiscale", "dinov2-cityscapes-linear", "dinov2-voc-linear", "dinov2-nyu-linear1",
         "dinov2-nyu-linear4", "dinov2-nyu-dpt", "dinov3-ade20k-linear", "dinov3-nyu-linear", "cheap-linear",
         "cheap-segmentation", "cheap-depth", "cpu-segmentation", "cpu-depth", "heldout-imagenet-linear",
+        "lost-voc07", "lost-voc12", "lost-coco20k",
     }  # fmt: skip
     assert set(NAMES) == wanted
     assert not wanted & set(TASKS)  # a word on the command line is one or the other

@@ -21,6 +21,7 @@ from quietvit_eval.dense_data.scenes import SceneDepth, SceneMasks
 from quietvit_eval.dense_data.target import CLASSES, IGNORE, METRES, Target
 from quietvit_eval.dense_data.trees import found_in
 from quietvit_eval.dense_data.voc import PascalVoc
+from quietvit_eval.discovery.data import BOXES, open_boxes
 
 __all__ = [
     "CLASSES",
@@ -41,8 +42,8 @@ class PairSource(Protocol):
     """Images and their targets, fetched by number. Picklable: workers get a copy."""
 
     name: str  # for logs and cards, e.g. "ade20k:/path val (2,000 pairs)"
-    kind: str  # CLASSES or METRES
-    class_names: list[str]  # by class number; [] for METRES
+    kind: str  # CLASSES, METRES or BOXES
+    class_names: list[str]  # by class number; [] for METRES and BOXES
 
     def __len__(self) -> int: ...
 
@@ -50,6 +51,7 @@ class PairSource(Protocol):
         """RGB pixels and the target of the same height and width.
 
         CLASSES: int16, 0 .. C-1, IGNORE where it does not count. METRES: float32, 0 where nothing was measured.
+        BOXES: float64 [n 4] with n > 0 instead, left, top, right, bottom in pixels (`discovery.boxes`).
         Raises UnreadableImage(name, reason) if either file is broken or the two do not fit together.
         """
         ...
@@ -96,12 +98,14 @@ _DETECTED: dict[str, tuple[Any, ...]] = {
 
 
 def open_pairs(target: str, kind: str, path: str | None, *, split: str, **options: Any) -> PairSource:
-    """Open a row of SEGMENTATION_SETS (`target` CLASSES) or DEPTH_SETS (METRES).
+    """Open a row of SEGMENTATION_SETS (`target` CLASSES), of DEPTH_SETS (METRES) or of BOX_SETS (BOXES: `open_boxes`).
 
-    `split` is "train", "val" or "test"; each row maps these to its own names, and where a set has no such split and
-    another one serves, `name` says so. `options` are the row's keywords.
+    `split` is "train", "val" or "test", of boxes also "trainval"; each row maps these to its own names, and where a set
+    has no such split and another one serves, `name` says so. `options` are the row's keywords.
     Raises ValueError: unknown kind, split or option, or data that is not there or not of that layout.
     """
+    if target == BOXES:
+        return open_boxes(kind, path, split=split, **options)
     table = PAIR_SETS[target]
     if kind not in table:
         near = difflib.get_close_matches(kind, table, n=1)
