@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TypeAlias
 
@@ -12,17 +12,10 @@ from quietvit_launch.commands import at_least
 from quietvit_launch.eval_arguments import MODEL
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Triple = tuple[float, float, float]
 
-# What can be told wrong before torch is imported is told from here; a test holds it against quietvit's own table.
+# What can be told wrong before torch is imported is told from here; a test holds these against quietvit's own tables.
 TARGETS = ("safetensors", "transformers", "timm", "onnx", "torch")
-# Mean and standard deviation of RGB in [0, 1] that images were normalised with: ImageNet's statistics (torchvision),
-# [0, 1] to [-1, 1] (Inception, and timm's augreg ViTs), and those of CLIP's training data (its released code).
-NORMALISATIONS: Mapping[str, tuple[Triple, Triple]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
+NORMALISATIONS = ("imagenet", "inception", "clip")
 SIZE = re.compile(r"([1-9]\d*)(?:x([1-9]\d*))?")
 EXAMPLES = """examples:
   quietvit export runs/photos --out photos
@@ -79,9 +72,7 @@ def add_export(commands: Commands, run: Callable[[argparse.Namespace], int]) -> 
     parser.add_argument(
         "--license", metavar="SPDX", help="licence for the card, e.g. Apache-2.0 (default: none chosen)"
     )
-    parser.add_argument(
-        "--normalisation", choices=tuple(NORMALISATIONS), help="of weights whose file does not tell theirs"
-    )
+    parser.add_argument("--normalisation", choices=NORMALISATIONS, help="of weights whose file does not tell theirs")
     parser.add_argument(
         "--num-heads", type=at_least(1), metavar="N", help="attention heads of weights whose shapes do not tell them"
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quietvit_launch.export_arguments import NORMALISATIONS
 from quietvit_launch.reporting import wide_console
 from quietvit_launch.stopping import sigterm_stops
 
@@ -25,6 +25,7 @@ def run_export(args: argparse.Namespace) -> int:
     model = check_model(args.model)
     scores, unread = score_rows(model if model.is_dir() else model.parent)
     from quietvit.weights.export import ExportOptions, export_model
+    from quietvit.weights.family import NORMALISATIONS
 
     hints: dict[str, Any] = {}
     if args.normalisation:
@@ -98,8 +99,7 @@ def _print(report: Report) -> None:
 
 
 def _opening(code: str) -> list[str]:
-    """The imports of a piece of code, and its first statement."""
-    lines = [line for line in code.splitlines() if line.strip()]
-    first = next(i for i, line in enumerate(lines) if not line.startswith(("import ", "from ")))
-    end = next((i for i in range(first + 1, len(lines)) if not lines[i].startswith((" ", ")"))), len(lines))
-    return lines[:end]
+    """The imports of a piece of code and its first two statements: what opens the model, with what that needs."""
+    statements = [s for s in ast.parse(code).body if not isinstance(s, ast.Import | ast.ImportFrom)]
+    last = statements[:2][-1].end_lineno
+    return [line for line in code.splitlines()[:last] if line.strip()]

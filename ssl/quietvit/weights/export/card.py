@@ -94,7 +94,7 @@ def model_card(
         _summary(extractor),
         "## Use\n\nIn this folder:",
         f"```python\n{target.usage(extractor, options).rstrip()}\n```",
-        target.remarks(extractor, options),
+        target.remarks(extractor, options).strip(),
         _input(extractor),
         _architecture(extractor),
         _training(meta["provenance"], run),
@@ -126,11 +126,22 @@ def _origin(provenance: Mapping[str, Any]) -> str:
         return ORIGINS.get(source, f"weights of others ({_cell(source)}), converted by quietvit")
     if provenance.get("random_init"):
         return "random weights, not trained"
-    return OURS if "step" in provenance else "of an origin that was not recorded"
+    if "step" not in provenance:
+        return "of an origin that was not recorded"
+    return f"{OURS}, from weights of others" if _begun_from(provenance) else OURS
+
+
+def _begun_from(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of weights trained here, the provenance of the weights of others at the start of the line, if there are any."""
+    while isinstance(start := provenance.get("init"), Mapping):
+        provenance = start.get("provenance") or {}
+        if provenance.get("source"):
+            return provenance
+    return None
 
 
 def _trained_here(provenance: Mapping[str, Any]) -> bool:
-    return _origin(provenance) == OURS
+    return _origin(provenance).startswith(OURS)
 
 
 def _head(extractor: BackboneExtractor, target: Target, options: ExportOptions) -> str:
@@ -177,7 +188,7 @@ def _architecture(extractor: BackboneExtractor) -> str:
     backbone = cast(Trunk, extractor.backbone)
     numbers = sum(value.numel() for value in backbone.state_dict().values())
     side = backbone.image_size
-    macs = backbone_macs(extractor)
+    macs = count_macs(extractor.meta["backbone"]["name"], **backbone.arguments)
     rows = [
         ("parameters (all numbers in the file of quietvit)", f"{numbers:,}"),
         (f"multiply-adds of one image of {side} x {side} px", f"{macs / 1e9:.3g} G"),
@@ -186,45 +197,38 @@ def _architecture(extractor: BackboneExtractor) -> str:
     return f"## Architecture\n\n{table(('argument', 'value'), rows)}"
 
 
-def backbone_macs(extractor: BackboneExtractor) -> int:
-    """Multiply-adds of one image of the side that the position table is made for."""
-    spec = cast(Trunk, extractor.backbone).arguments
-    return count_macs(extractor.meta["backbone"]["name"], **{**spec, "attention": "sdpa"})
-
-
 def _training(provenance: Mapping[str, Any], run: Run) -> str:
-    if not _trained_here(provenance):
-        told = {
-            "file": provenance.get("file"),
-            "trained by": "others: see the card or paper of the original" if provenance.get("source") else None,
-        }
-    else:
-        packages = run.environment.get("packages") or {}
-        told = {
-            "data": provenance.get("data"),
-            "images": provenance.get("num_images"),
-            "fingerprint of the data": provenance.get("data_fingerprint"),
-            "objective": provenance.get("objective"),
-            "steps": provenance.get("step"),
-            "seed": provenance.get("seed"),
-            "hash of the recipe": provenance.get("config_hash"),
-            "code": " ".join(
-                f"{name} {version}"
-                for name, version in (
-                    ("quietvit", packages.get("quietvit")),
-                    ("git", run.environment.get("git")),
-                    ("torch", packages.get("torch")),
-                )
-                if version
-            ),
-            "hardware": run.environment.get("hardware"),
-        }
+    told = _told_of_ours(provenance, run) if _trained_here(provenance) else _told_of_others(provenance)
     rows = [(key, value) for key, value in told.items() if value not in (None, "")]
-    parts = ["## Training"]
-    parts += [table(("what", "value"), rows)] if rows else ["Nothing is recorded."]
+    parts = ["## Training", table(("what", "value"), rows) if rows else "Nothing is recorded."]
+    if notes := provenance.get("notes"):
+        parts.append("Of the conversion: " + "; ".join(map(_cell, notes)) + ".")
     if run.recipe and _trained_here(provenance):
         parts.append(_fold_out("Recipe (config.yaml, with the paths of the machine it ran on)", "yaml", run.recipe))
     return "\n\n".join(parts)
+
+
+def _told_of_others(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    if not provenance.get("source"):
+        return {"seed": provenance.get("seed")}
+    return {"trained by": "others: see the card or the paper of the original", "file": provenance.get("file")}
+
+
+def _told_of_ours(provenance: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    packages, start = run.environment.get("packages") or {}, provenance.get("init") or {}
+    versions = {"quietvit": packages.get("quietvit"), "git": run.environment.get("git"), "torch": packages.get("torch")}
+    return {
+        "started from": "; ".join(map(str, [start["file"], *start.get("changes", ())])) if "file" in start else None,
+        "data": provenance.get("data"),
+        "images": provenance.get("num_images"),
+        "fingerprint of the data": provenance.get("data_fingerprint"),
+        "objective": provenance.get("objective"),
+        "steps": provenance.get("step"),
+        "seed": provenance.get("seed"),
+        "hash of the recipe": provenance.get("config_hash"),
+        "code": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "hardware": run.environment.get("hardware"),
+    }
 
 
 def _scores(rows: Sequence[ScoreRow]) -> str:
@@ -239,12 +243,16 @@ def _scores(rows: Sequence[ScoreRow]) -> str:
 
 
 def _license(provenance: Mapping[str, Any], options: ExportOptions) -> str:
-    stated = f"Stated at the export: {options.license}. " if options.license else ""
-    if not provenance.get("source"):
-        text = stated or "Nobody has chosen a licence for these weights (`quietvit export --license` states one)."
-    else:
-        text = f"{stated}These are weights of others: their licence holds, and the conversion does not change it."
-    return f"## Licence\n\n{text.strip()}"
+    said = [f"Stated at the export: {options.license}."] if options.license else []
+    if provenance.get("source"):
+        said.append("These are weights of others: their licence holds, and the conversion does not change it.")
+    elif not options.license:
+        said.append("Nobody has chosen a licence for these weights (`quietvit export --license` states one).")
+    if start := _begun_from(provenance):
+        said.append(
+            f"Training began from weights of others ({_cell(start.get('file'))}): their licence may bind these too."
+        )
+    return "## Licence\n\n" + " ".join(said)
 
 
 def _limits(extractor: BackboneExtractor, target: Target, parities: Sequence[Parity]) -> str:
