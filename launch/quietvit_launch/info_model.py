@@ -242,17 +242,26 @@ def _from_name(named: Named) -> Model:
 
 def _from_file(path: Path, num_heads: int | None) -> Model:
     from quietvit.weights import load
+    from quietvit.weights.family import UnknownNormalisation
 
-    model = load(path, "cpu", num_heads=num_heads)
+    known = True
+    try:
+        model = load(path, "cpu", num_heads=num_heads)
+    except UnknownNormalisation:
+        known = False
+        model = load(path, "cpu", num_heads=num_heads, mean=(0, 0, 0), std=(1, 1, 1))
     backbone, identity = model.meta["backbone"], model.identity()
+    provenance = dict(identity["provenance"])
+    if not known:  # the last note is about what stands in for it
+        provenance["notes"] = provenance["notes"][:-1]
     return Model(
         title=str(path),
         family=backbone["name"],
         arguments=_complete(backbone["name"], backbone["arguments"]),
         stride=model.stride,
         image_size=model.image_size,
-        normalisation=model.meta["normalisation"],
-        provenance=identity["provenance"],
+        normalisation=model.meta["normalisation"] if known else None,
+        provenance=provenance,
         weights_hash=identity["hash"],
     )
 
@@ -298,6 +307,11 @@ def _positions(model: Model) -> str:
 def _notes(model: Model) -> list[str]:
     """What to know before features are used."""
     a, notes = model.arguments, []
+    if model.provenance is not None and model.normalisation is None:
+        notes.append(
+            "nothing tells which normalisation its images had: give mean and std to quietvit.load, or --normalisation "
+            "to quietvit export"
+        )
     if a["positions"] == "learned" and a["pos_interpolation"] == "offset":
         notes.append(
             "positions of other image sizes are resized with an offset, so the grid is slightly shrunk: right for "
@@ -324,6 +338,8 @@ def _facts(told: Mapping[str, Any]) -> Table:
     layer_scale = "with" if a["layer_scale"] else "without"
     dense = f", dense groups {a['dense_groups']} growing by {a['growth']}" if a["dense_groups"] else ""
     kinds = f", {a['attention_layer']} attention" if a["attention_layer"] != "plain" else ""
+    kinds += f", {a['activation']}" if a["activation"] != "gelu" else ""
+    kinds += ", a norm before them" if a["pre_norm"] else ""
     size = f", size {told['size']}" if told["size"] else ", of no size that has a name here"
     facts = {
         "backbone": f"{told['backbone']}{size}",

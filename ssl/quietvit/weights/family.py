@@ -17,7 +17,17 @@ from torch import Tensor
 from quietvit.nn.feed_forward import swiglu_width
 from quietvit.weights.torch_file import list_names
 
-__all__ = ["CLIP", "IMAGENET", "INCEPTION", "NORMALISATIONS", "Converted", "Family", "Hints", "Normalisation"]
+__all__ = [
+    "CLIP",
+    "IMAGENET",
+    "INCEPTION",
+    "NORMALISATIONS",
+    "Converted",
+    "Family",
+    "Hints",
+    "Normalisation",
+    "UnknownNormalisation",
+]
 
 Triple = tuple[float, float, float]
 Normalisation = tuple[Triple, Triple]  # mean and std, RGB in units of [0, 1]
@@ -34,6 +44,10 @@ HEAD_DIM = 64  # Vaswani et al. 2017 and Dosovitskiy et al. 2020 after it; DINOv
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664, 1792)
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
 MASK_TOKEN_NOTE = "mask token: zeros, the file has none"
+
+
+class UnknownNormalisation(ValueError):  # noqa: N818  (it names what was met)
+    """Weights that can be read but for the mean and standard deviation of their images, which nothing tells."""
 
 
 @dataclass(frozen=True)

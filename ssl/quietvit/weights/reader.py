@@ -243,7 +243,6 @@ def _whole_view(image: UInt8[np.ndarray, "H W 3"], size: int, stride: int) -> UI
     return np.ascontiguousarray(image[top : top + kept[0], left : left + kept[1]])
 
 
-_Path = Path | str
 _One = int | None
 _Tensors = Literal["cls", "patches", "registers"]
 
@@ -251,33 +250,33 @@ _Tensors = Literal["cls", "patches", "registers"]
 # fmt: off
 @overload
 def load(
-    path: _Path, device: str = ..., *, layers: _One = ..., kind: Literal["all"] = ..., norm: bool = ...,
-    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., mean: Sequence[float] | None = ...,
-    std: Sequence[float] | None = ...,
+    path: Path | str, device: str = ..., *, layers: _One = ..., kind: Literal["all"] = ..., norm: bool = ...,
+    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., activation: str | None = ...,
+    mean: Sequence[float] | None = ..., std: Sequence[float] | None = ...,
 ) -> FeatureReader[Features]: ...
 @overload
 def load(
-    path: _Path, device: str = ..., *, layers: _One = ..., kind: _Tensors, norm: bool = ...,
-    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., mean: Sequence[float] | None = ...,
-    std: Sequence[float] | None = ...,
+    path: Path | str, device: str = ..., *, layers: _One = ..., kind: _Tensors, norm: bool = ...,
+    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., activation: str | None = ...,
+    mean: Sequence[float] | None = ..., std: Sequence[float] | None = ...,
 ) -> FeatureReader[Tensor]: ...
 @overload
 def load(
-    path: _Path, device: str = ..., *, layers: Sequence[int], kind: Literal["all"] = ..., norm: bool = ...,
-    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., mean: Sequence[float] | None = ...,
-    std: Sequence[float] | None = ...,
+    path: Path | str, device: str = ..., *, layers: Sequence[int], kind: Literal["all"] = ..., norm: bool = ...,
+    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., activation: str | None = ...,
+    mean: Sequence[float] | None = ..., std: Sequence[float] | None = ...,
 ) -> FeatureReader[list[Features]]: ...
 @overload
 def load(
-    path: _Path, device: str = ..., *, layers: Sequence[int], kind: _Tensors, norm: bool = ...,
-    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., mean: Sequence[float] | None = ...,
-    std: Sequence[float] | None = ...,
+    path: Path | str, device: str = ..., *, layers: Sequence[int], kind: _Tensors, norm: bool = ...,
+    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., activation: str | None = ...,
+    mean: Sequence[float] | None = ..., std: Sequence[float] | None = ...,
 ) -> FeatureReader[list[Tensor]]: ...
 @overload
 def load(
-    path: _Path, device: str = ..., *, layers: Layers = ..., kind: str, norm: bool = ...,
-    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., mean: Sequence[float] | None = ...,
-    std: Sequence[float] | None = ...,
+    path: Path | str, device: str = ..., *, layers: Layers = ..., kind: str, norm: bool = ...,
+    bf16: bool = ..., num_heads: int | None = ..., num_registers: int = ..., activation: str | None = ...,
+    mean: Sequence[float] | None = ..., std: Sequence[float] | None = ...,
 ) -> FeatureReader[Any]: ...
 # fmt: on
 def load(
@@ -290,6 +289,7 @@ def load(
     bf16: bool = False,
     num_heads: int | None = None,
     num_registers: int = 0,
+    activation: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> FeatureReader[Any]:
@@ -305,14 +305,15 @@ def load(
             [B h w D]): see `FeatureReader`.
         norm: pass each layer through the final norm; False gives what the blocks put out.
         bf16: run under autocast to bfloat16, on whatever device; features come in fp32 all the same.
-        num_heads, num_registers, mean, std: what a file of other people's cannot tell: see `quietvit.weights.load`.
+        num_heads, num_registers, activation, mean, std: what a file of other people's cannot tell; see
+            `quietvit.weights.load`.
 
     Raises FileNotFoundError and ValueError as `quietvit.weights.load`; ValueError also for an unknown kind, a layer
     that is not there, and kind "registers" of a model without any.
     """
-    hints: dict[str, Any] = {"num_heads": num_heads, "num_registers": num_registers}
-    hints |= {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
-    found = extractor.load(path, device, **hints)
+    found = extractor.load(
+        path, device, num_heads=num_heads, num_registers=num_registers, activation=activation, mean=mean, std=std
+    )
     return FeatureReader(
         found.backbone, found.meta, device=found.device, bf16=bf16, layers=layers, kind=kind, norm=norm
     )

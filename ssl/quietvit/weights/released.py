@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from quietvit.backbones import make_backbone
 from quietvit.weights import dinov2, hub_folder, open_clip, t2t, timm, timm_folder, transformers_folder
-from quietvit.weights.family import Converted, Family, Hints
+from quietvit.weights.family import Converted, Family, Hints, UnknownNormalisation
 from quietvit.weights.native import load_strictly
 from quietvit.weights.tensors_file import read_tensors
-from quietvit.weights.torch_file import check_stored, choose_entry, list_names, plain_names, strip_prefixes, tensor_keys
+from quietvit.weights.torch_file import (
+    check_stored,
+    choose_entry,
+    list_names,
+    plain_names,
+    strip_prefixes,
+    tensor_keys,
+)
 
 __all__ = ["FAMILIES", "FOLDERS", "FolderFamily", "is_released_folder", "load_released", "plain_tensors"]
 
@@ -59,8 +66,8 @@ def load_released(path: Path | str, hints: Hints | None = None) -> tuple[nn.Modu
     (as `native.load_backbone`), whose provenance says what was left out, added or assumed.
 
     Raises FileNotFoundError if there is no such file; ValueError if it is truncated, needs code to be unpickled, is of
-    no known family or not exactly one of its models (the message names the keys), holds values that are not finite,
-    or if its input normalisation cannot be told and `hints` do not tell it.
+    no known family or not exactly one of its models (the message names the keys); UnknownNormalisation, a ValueError, if
+    mean and std of its input cannot be told and `hints` do not tell them.
     """
     path, hints = Path(path), hints or Hints()
     name = path.name
@@ -75,9 +82,9 @@ def load_released(path: Path | str, hints: Hints | None = None) -> tuple[nn.Modu
         source, converted, facts = _convert_file(path, hints)
     normalisation = hints.normalisation or converted.normalisation
     if normalisation is None:
-        raise ValueError(
-            f"{path} does not tell which mean and standard deviation its images were normalised with. Put its config"
-            ".json beside it (timm's), or give mean and std; on the command line, once: quietvit export "
+        raise UnknownNormalisation(
+            f"{path} does not tell which mean and standard deviation its images were normalised with. Put timm's "
+            "config.json beside it, or give mean and std; on the command line, once: quietvit export "
             f"{path.name} --normalisation imagenet|inception|clip --out FOLDER"
         )
     activation = {} if hints.activation is None else {"activation": hints.activation}
@@ -115,9 +122,9 @@ def _convert_file(path: Path, hints: Hints) -> tuple[str, Converted, dict[str, s
         raise ValueError(f"{path}: {error}") from error
     family = next((f for f in FAMILIES.values() if f.recognises(tensors.keys())), None)
     if family is None:
-        keys = list(tensor_keys(loaded))
+        keys, known = list(tensor_keys(loaded)), "; ".join(f.about for f in FAMILIES.values())
         raise ValueError(
-            f"{path} is of no family that can be read. Of those that can, {'; '.join(f.about for f in FAMILIES.values())}. "
+            f"{path} is of no family that can be read. Of those that can, {known}. "
             f"Found: {len(keys)} tensors ({list_names(keys)}) under {list_names(map(str, loaded))}"
         )
     if not family.adds_registers:
