@@ -40,12 +40,12 @@ REFUSED: Mapping[str, str] = {
     r"^patch_embed\.(backbone|conv|norm)|^stem\.": "its stem is a convolutional network, or ends in a norm",
     r"^dist_token$|^head_dist\.": "it was distilled, with a second class token (dist_token)",
     r"^attn_pool\.": "it pools by attention (attn_pool), and has no class token to read",
-    r"^fc_norm\.": "it averages its patches and norms the average (fc_norm), so that no token is made to be read alone",
     r"\.(q_norm|k_norm|attn\.norm|mlp\.norm)\.": "it norms inside attention or MLP (qk_norm, scale_norm)",
     r"rope": "its positions are rotary (rope)",
     r"rel_pos|relative_position": "its positions are relative",
     r"\.attn\.(q_proj|q_bias|v_bias)": "it is an EVA or BEiT, with attention weights of its own kind",
     r"^blocks\.\d+\.(attns|in_proj|attn_out_proj)\b": "its blocks run in parallel",
+    r"^fc_norm\.": "it averages its patches and norms the average (fc_norm), so that no token is made to be read alone",
 }
 
 

@@ -20,7 +20,7 @@ from quietvit.weights.hub_folder import CONFIG_NAME, config_or_none, folder_tens
 from quietvit.weights.torch_file import plain_names
 from quietvit.weights.vit_shapes import vit_arguments
 
-__all__ = ["PROCESSOR_NAME", "is_folder", "load_folder"]
+__all__ = ["PROCESSOR_NAME", "is_folder", "load_folder", "our_tensors"]
 
 PROCESSOR_NAME = "preprocessor_config.json"
 LAYER = re.compile(r"^encoder\.layer\.(\d+)\.")
@@ -50,6 +50,7 @@ NAMES: Mapping[str, str] = {  # of published files -> ours, without the layer
 }
 JOINED: Mapping[str, tuple[str, ...]] = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate", "mlp.up")}
 ACTIVATIONS = ("gelu", "quick_gelu")
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "layer_norm_eps")
 # What transformers assumes where config.json is silent (configuration_dinov2*.py of 5.23).
 DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "hidden_act": "gelu",
@@ -98,9 +99,10 @@ def load_folder(path: Path, hints: Hints) -> Converted:
         )
     kind = KINDS[model_type]
     config = {**DEFAULTS, **kind.defaults, **config}
+    _check_numbers(config, path)
     stored, notes = _without_heads(folder_tensors(path), kind)
     try:
-        tensors = _our_tensors(stored)
+        tensors = our_tensors(stored)
         _check_registers(tensors, kind, config)
         told = vit_arguments(tensors, family="transformers DINOv2")
         if "mask_token" not in tensors:
@@ -122,6 +124,13 @@ def load_folder(path: Path, hints: Hints) -> Converted:
     return Converted("vit", arguments, tensors, normalisation, arguments["image_size"], tuple(notes), facts)
 
 
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    for name in NUMBERS:
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{path / CONFIG_NAME}: {name} must be a positive number, not {value!r}")
+
+
 def _without_heads(stored: Mapping[str, Tensor], kind: Kind) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's own tensors, and notes."""
     if not any(k.startswith(kind.prefix) for k in stored):
@@ -131,7 +140,7 @@ def _without_heads(stored: Mapping[str, Tensor], kind: Kind) -> tuple[dict[str, 
     return {k.removeprefix(kind.prefix): v for k, v in stored.items() if k not in heads}, notes
 
 
-def _our_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def our_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names. Raises ValueError for a query without its key and value, or a gate without its value."""
     tensors = plain_names(stored, _our_name, what="it")
     for joined, parts in JOINED.items():
