@@ -198,3 +198,19 @@ def test_published_widths_have_their_numbers_of_heads() -> None:
         assert heads == vision["width"] // vision.get("head_width", 64), file.name
         checked += 1
     assert checked > 20
+
+
+def test_a_tower_of_timm_inside_a_clip_model_is_read_as_one_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    source = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=0)
+    source.eval()
+    state = {f"visual.trunk.{k}": v for k, v in source.state_dict().items()}
+    save_file({**state, "visual.head.proj.weight": torch.zeros(8, 64), "logit_scale": torch.ones(1)}, tmp_path / "clip")
+    with pytest.raises(ValueError, match="does not tell which mean"):
+        load(tmp_path / "clip", device="cpu")
+    model = load(tmp_path / "clip", device="cpu", mean=CLIP[0], std=CLIP[1])
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(model, images), source.forward_features(images), atol=1e-5, rtol=0)
+    assert "a tower of timm in a CLIP model; its projection is left out" in model.meta["provenance"]["notes"]

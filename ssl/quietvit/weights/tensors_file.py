@@ -38,10 +38,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file begins as safetensors do: a length, then a brace. It may be truncated all the same."""
+    """Whether the file begins as safetensors do: a length, below a terabyte, then a brace. It may be truncated."""
     with path.open("rb") as file:
         start = file.read(LENGTH + 1)
-    return start[LENGTH:] == b"{" and not start.startswith(TORCH)
+    return start[5:] == b"\0\0\0{"  # more than the first byte tells: a length may begin like a pickle
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ UNREADABLE = (  # what torch.load raises, depending on where a broken file goes 
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, MemoryError,
     ArithmeticError, struct.error, pickle.UnpicklingError,
 )  # fmt: skip
+ADVICE = "weights_only"
 SHOWN = 12  # names listed in an error (ours: they fit a terminal)
 
 
@@ -36,6 +37,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
+    _check_sizes(loaded, path)
     return {str(k): v for k, v in loaded.items()}
 
 
@@ -47,7 +49,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, *UNREADABLE) as error:
         raise ValueError(_unreadable(path, error)) from error
     if any(part.filename.endswith("/constants.pkl") for part in parts):
         raise ValueError(
@@ -66,7 +68,9 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"{path} holds a {found[1]} beside its tensors, and to unpickle that would run code, which is not done. "
             "Where you trust the file, save its weights alone, as a dictionary of tensors, and load that"
         )
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if ADVICE in reason:  # torch's first line tells how to run the code after all
+        reason = "torch's reader of plain tensors refuses its contents"
     return (
         f"{path} ({path.stat().st_size} bytes) cannot be read as a torch file of plain tensors: it is truncated, or it "
         f"would run code ({reason})"
@@ -99,20 +103,25 @@ def plain_names(tensors: Mapping[str, Tensor], rename: Callable[[str], str], *, 
 
 
 def check_stored(tensors: Mapping[str, Tensor], *, what: str) -> None:
-    """Raises ValueError naming tensors that are no plain numbers, or larger than what is stored of them.
-
-    A view that repeats one number a billion times takes no room in a file, and all the memory there is when loaded.
-    """
-    odd = [k for k, v in tensors.items() if not _is_plain(v)]
+    """Raises ValueError naming tensors that are not plain arrays of floating-point numbers: sparse, integers, ..."""
+    odd = [k for k, v in tensors.items() if v.layout != torch.strided or not v.is_floating_point()]
     if odd:
-        shown = ", ".join(f"{k} ({tensors[k].dtype}, {tuple(tensors[k].shape)})" for k in odd[:SHOWN])
+        shown = ", ".join(f"{k} ({tensors[k].dtype}, {tensors[k].layout})" for k in odd[:SHOWN])
         raise ValueError(f"{what} holds tensors that are not plain arrays of floating-point numbers: {shown}")
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_quantized:
-        return False
-    return tensor.is_meta or tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+def _check_sizes(loaded: Mapping[Any, Any], path: Path) -> None:
+    """Refuses views that repeat one stored number: they take no room in a file, and all memory when they are used."""
+    for entries in (loaded, *(v for v in loaded.values() if isinstance(v, Mapping))):
+        for key, value in entries.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+                continue
+            size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+            if size > stored:
+                raise ValueError(
+                    f"{path}: of {key} {tuple(value.shape)}, {size} bytes, only {stored} are stored: it repeats them. "
+                    "It is broken, or was saved as a view: save a copy, by .contiguous()"
+                )
 
 
 def strip_prefixes(key: str, prefixes: Iterable[str]) -> str:
