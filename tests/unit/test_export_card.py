@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from quietvit.backbones import make_backbone
 from quietvit.backbones.cost import count_macs
@@ -46,7 +46,7 @@ def card(model: BackboneExtractor, license_name: str | None = None, **known: Any
 
 def head(text: str) -> dict[str, Any]:
     _, front, _ = text.split("---\n", 2)
-    found = yaml.safe_load(front)
+    found = OmegaConf.to_container(OmegaConf.create(front))
     assert isinstance(found, dict)
     return found
 
