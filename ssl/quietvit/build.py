@@ -147,14 +147,18 @@ def _read_start(config: RunConfig, run_dir: Path) -> tuple[RunConfig, Start | No
     return config, start
 
 
+def _is_guarded(config: RunConfig) -> bool:
+    return config.init.guard not in ("off", False)
+
+
 def _guard(config: RunConfig, run_dir: Path) -> Guard | None:
     init = config.init
-    if init.guard == "off":
+    if not _is_guarded(config):
         return None
     return Guard(
         run_dir,
         Rules(
-            action=init.guard,
+            action=str(init.guard),
             margin=init.guard_margin,
             patience=init.guard_patience,
             rewinds=init.guard_rewinds,
@@ -174,6 +178,8 @@ def _told(config: RunConfig, source: Source, the_plan: Plan, start: Start | None
             f"{'; '.join(start.changes) or 'nothing changed'}). The heads are new"
             + (f"; for {rest} steps only they learn" if rest else "")
         )
+        if config.health.images < 1 and _is_guarded(config):
+            yield "guard: health.images=0, so that forgetting cannot be seen"
     yield (
         f"model: {model.backbone} {model.size or f'{model.embed_dim} x {model.depth}'}, patch {model.patch_size}, "
         f"{model.num_registers} registers, {parameters / 1e6:.2f} M parameters"

@@ -67,7 +67,7 @@ def check_init(config: RunConfig) -> None:
             )
     elif not init.from_:
         raise ConfigError("init.from is empty: give a file or a folder, or leave it out")
-    if init.guard not in ("stop", "rewind", "off"):
+    if init.guard not in ("stop", "rewind", "off", False):
         raise ConfigError(f"init.guard={init.guard!r}: choose stop, rewind, off")
     if not 0 < init.guard_lr_factor < 1:
         raise ConfigError(f"init.guard_lr_factor={init.guard_lr_factor}: a factor between 0 and 1")

@@ -52,7 +52,8 @@ class InitConfig:
     # Steps in which only the heads learn. None: one pass over the data, as lightly-train does when it starts from
     # weights, but a tenth of the run at the most (ours: short runs are to learn too).
     freeze_steps: int | None = None
-    guard: str = "stop"  # when the model forgets what it knew: "stop", "rewind" to when it did not, or "off"
+    # When the model forgets what it knew: "stop", "rewind" to when it did not, or "off" (which YAML reads as false).
+    guard: str | bool = "stop"
     # Points of k-NN below the start that are too many (ours). The health probe's 500 images have a standard error of
     # 2.2 points at worst, the difference of two models on the same images less; those who ask for help lost tens.
     guard_margin: float = 5.0
