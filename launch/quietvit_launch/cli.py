@@ -12,6 +12,7 @@ from quietvit_launch.commands import add_launching, at_least
 from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report
 from quietvit_launch.export_arguments import add_export
 from quietvit_launch.info_arguments import add_info
+from quietvit_launch.inspect_arguments import add_inspect
 from quietvit_launch.mistakes import message_for_user
 from quietvit_launch.stopping import exit_code
 
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_use(commands)
     add_export(commands, _export)
     add_info(commands, _info)
+    add_inspect(commands, _inspect)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
     demo.add_argument("--seed", type=at_least(0), default=0)
@@ -111,6 +113,12 @@ def _info(args: argparse.Namespace) -> int:
     from quietvit_launch.info import run_info
 
     return run_info(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from quietvit_launch.inspecting import run_inspect
+
+    return run_inspect(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

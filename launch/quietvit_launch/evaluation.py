@@ -171,7 +171,7 @@ def open_data(args: argparse.Namespace, target: str) -> tuple[Any, Any]:
 
     options = dict(parse_setting(word) for word in args.data_option)
     test_place = args.test_data or args.data
-    test_split = args.test_split or ("val" if args.test_data is None or target != "labels" else _split_at(test_place))
+    test_split = args.test_split or ("val" if args.test_data is None or target != "labels" else split_at(test_place))
     places = [
         (args.data, args.kind, args.train_split),
         (test_place, args.test_kind or args.kind, test_split),
@@ -186,7 +186,7 @@ def open_data(args: argparse.Namespace, target: str) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def _split_at(place: str) -> str | None:
+def split_at(place: str) -> str | None:
     """The split of a test set by itself: "val" if a folder has one (or a test split), else None, which is all of it."""
     from quietvit.data.folder import SPLIT_FOLDERS
 
