@@ -207,9 +207,9 @@ def _sizes() -> list[tuple[str, str]]:
 
 
 def _released_names() -> dict[str, Named]:
-    names = {}
+    names: dict[str, Named] = {}
     for letter, size in RELEASED.items():
-        forms = {"": DINOV2, "-reg": DINOV2_REGISTERS, "-reg4": DINOV2_REGISTERS}
+        forms: Mapping[str, Mapping[str, Any]] = {"": DINOV2, "-reg": DINOV2_REGISTERS, "-reg4": DINOV2_REGISTERS}
         names |= {f"dinov2-vit{letter}14{end}": Named("vit", size, form) for end, form in forms.items()}
     return names
 

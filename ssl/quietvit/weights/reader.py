@@ -39,8 +39,8 @@ class FeatureReader(nn.Module, BackboneExtractor, Generic[Output]):
         "all"        `quietvit.contracts.Features` with all three; there `patches` is [B h w D], channels last
 
     `norm` passes every layer through the final norm. With kind "all" and a single layer this is a
-    `contracts.Extractor`, which every task of quietvit_eval scores; attributes `mean`, `std`, `image_size`, `stride`,
-    `embed_dim`, `num_blocks`, `num_classes`, `meta` and the methods of `BackboneExtractor` are there for any kind.
+    `contracts.Extractor`. Attributes `mean`, `std`, `image_size`, `stride`, `embed_dim`, `num_blocks`, `num_classes`,
+    `meta` and the methods of `BackboneExtractor`, by which the tasks of quietvit_eval score, are there for any kind.
 
     Frozen: parameters require no gradient, drop path stays off under `train()`, and calls run under `torch.no_grad`.
     Features may be used in autograd, for heads trained on them, unless the caller is in `torch.inference_mode`. To
