@@ -66,8 +66,8 @@ def load_released(path: Path | str, hints: Hints | None = None) -> tuple[nn.Modu
     (as `native.load_backbone`), whose provenance says what was left out, added or assumed.
 
     Raises FileNotFoundError if there is no such file; ValueError if it is truncated, needs code to be unpickled, is of
-    no known family or not exactly one of its models (the message names the keys); UnknownNormalisation, a ValueError, if
-    mean and std of its input cannot be told and `hints` do not tell them.
+    no known family or not exactly one of its models (the message names the keys); its UnknownNormalisation if mean
+    and std of the input cannot be told and `hints` do not tell them.
     """
     path, hints = Path(path), hints or Hints()
     name = path.name
@@ -91,17 +91,16 @@ def load_released(path: Path | str, hints: Hints | None = None) -> tuple[nn.Modu
     arguments = {**converted.arguments, **activation}
     backbone = _build(replace(converted, arguments=arguments), what=f"{path} ({source})")
     mean, std = normalisation
+    provenance: dict[str, Any] = {"source": source, "file": name, **facts, **converted.facts, **_stored_as(converted)}
     asked = () if hints.normalisation is None else ("the normalisation is the one asked for",)
-    notes = [*converted.notes, *asked]
-    meta = {
+    if notes := [*converted.notes, *asked]:
+        provenance["notes"] = notes
+    return backbone, {
         "backbone": {"name": converted.backbone, "arguments": arguments},
         "normalisation": {"mean": list(mean), "std": list(std)},
         "image_size": converted.image_size,
-        "provenance": {
-            "source": source, "file": name, **facts, **converted.facts, **({"notes": notes} if notes else {}),
-        },
-    }  # fmt: skip
-    return backbone, meta
+        "provenance": provenance,
+    }
 
 
 def _convert_folder(path: Path, hints: Hints) -> tuple[str, Converted]:
@@ -134,7 +133,7 @@ def _convert_file(path: Path, hints: Hints) -> tuple[str, Converted, dict[str, s
         converted = family.convert(tensors, hints)
     except ValueError as error:
         raise ValueError(f"{path}, read as {family.name}: {error}") from error
-    return family.name, converted, {"entry": entry, **_stored_as(converted)}
+    return family.name, converted, {"entry": entry}
 
 
 def plain_tensors(loaded: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
