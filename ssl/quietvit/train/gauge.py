@@ -86,7 +86,7 @@ class ArtifactGauge:
         others = dist.gather_rows(torch.stack([torch.cat(rows) for rows in self._others], dim=1)).cpu()  # [b, L, 1+R]
         self._patches, self._others = None, []
         verdicts = [patches.judge(block) for block in range(len(patches.counts))]
-        values = {}
+        values: dict[str, float] = {}
         for block, verdict in enumerate(verdicts):
             at = f"block_{block:02d}"
             values |= {f"share/{at}": _share(verdict), f"spread/{at}": verdict.spread, f"median/{at}": verdict.median}
@@ -160,15 +160,15 @@ class Episodes:
             self.episodes[-1] = replace(now, max_share=max(now.max_share, shares[-1]))
         if len(self._row) < PATIENCE or has == (now is not None):
             return []
-        first, shares, ratio = self._row[0]
+        first, at_first, ratio = self._row[0]
         if now is not None:
             self.episodes[-1] = replace(now, ended_step=first)
             return [f"no artifacts any more since step {first}: they had begun at step {now.began_step}"]
-        blocks = tuple(block for block, share in enumerate(shares) if share > 0)
-        layer = max((b + 1 for b, share in enumerate(shares) if share == 0), default=0)
+        blocks = tuple(block for block, share in enumerate(at_first) if share > 0)
+        layer = max((b + 1 for b, share in enumerate(at_first) if share == 0), default=0)
         most = max(row[1][-1] for row in self._row)
-        self.episodes.append(Episode(first, layer, blocks, shares[-1], ratio, most))
-        return [self._sentence(self.episodes[-1], last=len(shares) - 1)]
+        self.episodes.append(Episode(first, layer, blocks, at_first[-1], ratio, most))
+        return [self._sentence(self.episodes[-1], last=len(at_first) - 1)]
 
     def _sentence(self, episode: Episode, *, last: int) -> str:
         where = f"blocks {episode.layer}-{last}" if episode.layer < last else f"block {last}"
