@@ -120,7 +120,7 @@ def build_training(config: RunConfig, run_dir: Path, console: Console) -> Traini
         prototypes=config.objective.head.num_prototypes,
         engine=engine,
         freeze_steps=the_plan.backbone_freeze_steps,
-        guard=_guard(config, run_dir) if start is not None and probe is not None else None,
+        guard=None if start is None else _guard(config, run_dir),
         background=config.checkpoint.background,
         timeout=config.parallel.timeout,
         console=console,
@@ -147,18 +147,12 @@ def _read_start(config: RunConfig, run_dir: Path) -> tuple[RunConfig, Start | No
     return config, start
 
 
-def _is_guarded(config: RunConfig) -> bool:
-    return config.init.guard not in ("off", False)
-
-
-def _guard(config: RunConfig, run_dir: Path) -> Guard | None:
+def _guard(config: RunConfig, run_dir: Path) -> Guard:
     init = config.init
-    if not _is_guarded(config):
-        return None
     return Guard(
         run_dir,
         Rules(
-            action=str(init.guard),
+            action=str(init.guard) if init.guard and config.health.images > 0 else "off",
             margin=init.guard_margin,
             patience=init.guard_patience,
             rewinds=init.guard_rewinds,
@@ -178,7 +172,7 @@ def _told(config: RunConfig, source: Source, the_plan: Plan, start: Start | None
             f"{'; '.join(start.changes) or 'nothing changed'}). The heads are new"
             + (f"; for {rest} steps only they learn" if rest else "")
         )
-        if config.health.images < 1 and _is_guarded(config):
+        if config.health.images < 1 and config.init.guard not in ("off", False):
             yield "guard: health.images=0, so that forgetting cannot be seen"
     yield (
         f"model: {model.backbone} {model.size or f'{model.embed_dim} x {model.depth}'}, patch {model.patch_size}, "

@@ -233,6 +233,38 @@ def rules(**others: Any) -> Rules:
     return Rules(**{"action": "stop", "margin": 5.0, "patience": 2, "rewinds": 1, "lr_factor": 0.5, **others})
 
 
+def test_the_rate_of_a_rewound_run_stays_when_the_guard_is_turned_off(place: Path, tmp_path: Path) -> None:
+    first = training_in(place, tmp_path, ABSURD, REWIND, "init.guard_lr_factor=1e-5")
+    batches = first.batches
+    started: list[int] = []
+
+    def interrupting(start: int) -> Iterator[Batch]:
+        started.append(start)
+        for batch in batches(start):
+            if len(started) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    first.batches = interrupting
+    assert run(first).step == 3
+    second = training_in(place, tmp_path, ABSURD, "init.guard=off")
+    run(second)
+    assert lrs(tmp_path)[-1] < 1e-5
+    assert note(tmp_path)["outcome"] == "running"  # as it was left
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert found.meta["guard"]["lr_factor"] == 1e-5
+
+
+def test_a_guard_that_was_off_at_the_start_has_nothing_to_compare_with(place: Path, tmp_path: Path) -> None:
+    first = training_in(place, tmp_path, ABSURD, "init.guard=off")
+    cut_at(first, 3)
+    run(first)
+    second = training_in(place, tmp_path, ABSURD, STOP)
+    assert run(second).step == 8
+    assert "guard: nobody looked at the model that this run began with" in said(second)
+
+
 def test_margin_and_patience(tmp_path: Path) -> None:
     guard = Guard(tmp_path, rules())
     told = [guard.judge(step, {"knn": knn, "rank": 9.0}, last=False) for step, knn in enumerate([50, 45, 44.9, 46, 44])]

@@ -38,7 +38,7 @@ RANK_SHARE = 0.5  # of the rank at the start, below which is warned (ours; a sha
 class Rules:
     """When it is too much, and what happens then; see InitConfig."""
 
-    action: str  # "stop" or "rewind"
+    action: str  # "stop", "rewind" or "off"
     margin: float  # points of k-NN
     patience: int  # looks in a row
     rewinds: int  # at most
@@ -50,7 +50,10 @@ class ForgottenError(RuntimeError):
 
 
 class Guard:
-    """Judges the looks of one run. Under ranks all call everything; the first one's figures count for all."""
+    """Judges the looks of one run. Under ranks all call everything; the first one's figures count for all.
+
+    Off, it only keeps what it knew: the learning rate of a run that was rewound before does not jump back.
+    """
 
     def __init__(self, run_dir: Path, rules: Rules) -> None:
         self.run_dir, self.rules = run_dir, rules
@@ -64,7 +67,7 @@ class Guard:
     @property
     def measures(self) -> bool:
         """Whether there is a k-NN to go by; known after the first look."""
-        return self.start is not None and "knn" in self.start
+        return self.rules.action != "off" and self.start is not None and "knn" in self.start
 
     @property
     def best_step(self) -> int | None:
@@ -76,8 +79,14 @@ class Guard:
 
         Raises ForgottenError when it is one bad look too many.
         """
+        if self.rules.action == "off":
+            return []
         own = {k: float(v) for k, v in values.items() if k in ROWS}
         self.now = {"step": float(step), **dist.gather_objects(own)[0]}
+        if self.start is None and step > 0:  # it was off when the run began
+            return [
+                "guard: nobody looked at the model that this run began with, so that there is nothing to compare with"
+            ]
         if self.start is None:
             self.start = self.now
             self._write("running")
@@ -96,6 +105,8 @@ class Guard:
 
     def figures(self) -> dict[str, float]:
         """For the metrics: how far below the start, bad looks in a row, the factor on the learning rate."""
+        if self.rules.action == "off" and not self.rewinds:
+            return {}
         drop = {"guard/knn_below_start": self._drop()} if self.measures else {}
         return {**drop, "guard/bad_looks": float(self.bad), "guard/lr_factor": self.lr_factor}
 
@@ -163,7 +174,9 @@ class Guard:
         return verdict
 
     def finish(self) -> str:
-        """The table of a run that came to its end."""
+        """The table of a run that came to its end; "" if nobody compared."""
+        if self.start is None or self.rules.action == "off":
+            return ""
         self._write("finished")
         return self.table()
 

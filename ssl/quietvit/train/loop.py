@@ -142,8 +142,8 @@ def _run(training: Training, watch: Watch) -> Finished:
                 watch.at("checkpoint")
                 _save(training, writer, step)
             progress.say(f"{stop.name}: saved at step {step} of {training.steps}; the same command resumes")
-    if guard is not None and step == training.steps:
-        _say(training, guard.finish())
+    if guard is not None and step == training.steps and (figures := guard.finish()):
+        _say(training, figures)
     signum = (stop.signum or int(signal.SIGTERM)) if leave and step < training.steps else None
     return Finished(step, training.steps, signum, time.monotonic() - began)
 
@@ -268,7 +268,8 @@ class _Loop:
             for sentence in self.t.guard.judge(step, values, last=step == self.t.steps):
                 self.progress.say(f"  {sentence}")
         finally:
-            self.log.write(step, self.t.guard.figures())
+            if figures := self.t.guard.figures():
+                self.log.write(step, figures)
 
     def _tell_skipped(self, step: int, outcome: Outcome) -> None:
         terms = ", ".join(outcome.broken)
