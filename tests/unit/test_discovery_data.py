@@ -288,4 +288,10 @@ def test_a_broken_image_is_unreadable_and_so_is_a_box_outside(tmp_path: Path) ->
     for i, message in ((0, "truncated"), (1, "outside its 30 x 20"), (2, "30 x 20 pixels, its target 99 x 98")):
         with pytest.raises(UnreadableImage, match=message):
             source.load(i)
-    assert source.load(3)[1].tolist() == [[25, 3, 30, 13]]  # clipped; no size told
+    image, boxes = source.load(3)
+    assert boxes.tolist() == [[25, 3, 30, 13]]  # clipped; no size told
+    Image.fromarray(image).save(voc / "JPEGImages/d1.png")  # Pillow's arrays cannot be written, ours can
+    (voc / "JPEGImages/d1.jpg").unlink()
+    image[:], boxes[:] = 0, 0
+    assert opened(tmp_path).load(3)[0].flags.writeable
+    assert source.load(4)[1].any()

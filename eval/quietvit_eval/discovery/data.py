@@ -63,7 +63,7 @@ class BoxFiles:
         boxes = annotation.boxes.clip(0, [width, height, width, height])
         if (boxes[:, :2] >= boxes[:, 2:]).any():
             raise UnreadableImage(name, f"a box lies outside its {width} x {height} pixels")
-        return image, boxes
+        return image if image.flags.writeable else image.copy(), boxes
 
     def item_name(self, index: int) -> str:
         """The image's path relative to the data set."""
