@@ -373,7 +373,8 @@ class Trunk(nn.Module, ABC):
     def _attend(self, x: Tensor, groups: Groups, head_dim: int) -> Attend:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return choose_attention(self.options.attention, x.device, dtype, head_dim, len(groups)).attend
+        choose = choose_attention.__wrapped__ if torch.compiler.is_compiling() else choose_attention  # tracers warn
+        return choose(self.options.attention, x.device, dtype, head_dim, len(groups)).attend
 
     def _draw(self, block: int, x: Tensor, groups: Groups) -> tuple[BranchDrop | None, BranchDrop | None]:
         rate = self.drop_rates[block]

@@ -48,7 +48,7 @@ def write(extractor: BackboneExtractor, folder: Path, options: ExportOptions) ->
                 raise stream.error
 
 
-class _Stream(io.RawIOBase):
+class _Stream(io.RawIOBase, BinaryIO):
     """A file that keeps its first error to itself: one that reaches PyTorch's writer ends the process (torch 2.11)."""
 
     def __init__(self, file: BinaryIO) -> None:
