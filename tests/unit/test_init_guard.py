@@ -274,6 +274,15 @@ def test_margin_and_patience(tmp_path: Path) -> None:
         guard.judge(5, {"knn": 40.0}, last=False)
 
 
+def test_labels_that_go_away_are_no_fault(tmp_path: Path) -> None:
+    """health.* may change when a run is resumed."""
+    guard = Guard(tmp_path, rules())
+    guard.judge(0, {"knn": 50.0, "rank": 9.0}, last=False)
+    assert guard.judge(2, {"rank": 4.0}, last=True)[0].startswith("the rank of the features fell from 9.0")
+    assert not guard.saving(2)["good"]
+    assert guard.finish().splitlines()[1].split()[-1] == "-"
+
+
 def test_only_what_was_looked_at_and_good_is_marked_so(tmp_path: Path) -> None:
     guard = Guard(tmp_path, rules(patience=9))
     guard.judge(0, {"knn": 50.0}, last=False)

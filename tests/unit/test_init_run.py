@@ -130,6 +130,24 @@ def test_another_patch_trains(trained: Path, images: Path, tmp_path: Path, patch
     assert about["provenance"]["step"] == 4
 
 
+def test_a_dinov2_file_without_registers(images: Path, tmp_path: Path) -> None:
+    """As released: heads 64 wide, a position table of another grid, offset interpolation, no mask token in use."""
+    shape = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 14, "image_size": 70, "num_registers": 0}
+    released = make_backbone("vit", **shape, pos_interpolation="offset", pos_antialias=False).eval()
+    torch.save(released.state_dict(), tmp_path / "tiny.pth")
+    crops = ("crops.global_size=28", "crops.local_size=14", "health.size=28", "train.steps=2")
+    training = training_from(tmp_path / "tiny.pth", tmp_path / "run", images, "model.num_registers=4", *crops)
+    pixels = torch.randn(2, 3, 28, 42)
+    plain = training_from(tmp_path / "tiny.pth", tmp_path / "plain", images, *crops)
+    assert torch.equal(backbones(plain)[1](pixels).cls, released(pixels).cls)
+    assert run(training).step == 2
+    teacher = load(tmp_path / "run", "cpu")
+    assert (teacher.image_size, teacher.backbone.num_registers) == (70, 4)
+    about = teacher.meta["provenance"]["init"]
+    assert (about["file"], about["changes"]) == ("tiny.pth", ["registers 0 -> 4"])
+    assert teacher.meta["backbone"]["arguments"]["pos_interpolation"] == "offset"
+
+
 def test_crops_must_suit_the_models_patch(trained: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"crops\.global_size=36 is not a multiple of the patch \(8 px\)"):
         training_from(trained, tmp_path / "run", images, "crops.global_size=36")

@@ -66,8 +66,8 @@ class Guard:
 
     @property
     def measures(self) -> bool:
-        """Whether there is a k-NN to go by; known after the first look."""
-        return self.rules.action != "off" and self.start is not None and "knn" in self.start
+        """Whether there is a k-NN to go by, at the start and now; known after the first look."""
+        return self.rules.action != "off" and all(look is not None and "knn" in look for look in (self.start, self.now))
 
     @property
     def best_step(self) -> int | None:
