@@ -36,7 +36,7 @@ def test_the_own_size_alone_has_the_plain_name() -> None:
     both = ExportOptions(sizes=((16, 16), (16, 24), (16, 16)))
     assert graph_files(e, both, ".onnx") == {"model_16x16.onnx": (16, 16), "model_16x24.onnx": (16, 24)}
     assert written_sizes(e, both) == ((16, 16), (16, 24))
-    assert "16 x 16 and 16 x 24 pixels" in sizes_as_text(e, both)
+    assert "16 x 16 or 16 x 24 pixels" in sizes_as_text(e, both)
 
 
 @pytest.mark.parametrize(

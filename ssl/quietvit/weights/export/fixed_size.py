@@ -105,7 +105,7 @@ def output_shapes(extractor: BackboneExtractor, size: Size) -> dict[str, tuple[i
 
 def sizes_as_text(extractor: BackboneExtractor, options: ExportOptions) -> str:
     """A sentence for a model card: the sizes that were written."""
-    sizes = " and ".join(f"{height} x {width}" for height, width in written_sizes(extractor, options))
+    sizes = " or ".join(f"{height} x {width}" for height, width in written_sizes(extractor, options))
     return f"Images must be {sizes} pixels (height x width), any number at once; other sizes need another export."
 
 
