@@ -180,10 +180,10 @@ def _svg(steps: np.ndarray, values: np.ndarray, *, limit: float | None, smooth: 
             spine.set_color(INK)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return _for_html(text.getvalue())
+    return for_html(text.getvalue())
 
 
-def _for_html(svg: str) -> str:
+def for_html(svg: str) -> str:
     """An SVG file as an element of a page: no prologue, no addresses, ids used only where something points at them."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
