@@ -109,7 +109,7 @@ def inspect_artifacts(
         about, pictures = _inspect_one(subject, source, options, console, key=f"model{number}")
         models.append(about)
         drawn.append(pictures)
-    result = {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "data": {"name": source.name, "fingerprint": source.fingerprint()},
         "settings": {k: v for k, v in asdict(options).items() if k not in ("batch_size", "workers")},

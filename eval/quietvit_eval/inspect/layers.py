@@ -85,8 +85,9 @@ def measure(
             side = images.transform.image_size // extractor.stride
             device, count = norms[probed].cls.device, len(blocks)
             registers = tuple(NormHistogram(count, device=device) for _ in range(norms[probed].registers.shape[1]))
-            both = (NormHistogram(count, device=device) for _ in range(2))
-            found = LayerNorms(tuple(blocks), probed, (side, side), *both, registers, np.empty((0, side * side)))
+            patches, cls = NormHistogram(count, device=device), NormHistogram(count, device=device)
+            none = np.empty((0, side * side), np.float32)
+            found = LayerNorms(tuple(blocks), probed, (side, side), patches, cls, registers, none)
         for row, block in enumerate(blocks):
             found.patches.add(norms[block].patches, row)
             found.cls.add(norms[block].cls, row)
@@ -109,7 +110,7 @@ def threshold_of(norms: LayerNorms) -> Threshold:
         raise ValueError(f"block {norms.probed}: {verdict.reason}; a model that gives these cannot be looked into")
     if verdict.kind == "none":
         value = float(np.quantile(norms.at_probed, 1 - STAND_IN))
-        return Threshold("stand-in", value, (f"highest {STAND_IN:.0%}", "the rest"))
+        return Threshold("stand-in", value, (f"highest {STAND_IN:.0%}", "rest"))
     return Threshold(verdict.kind, verdict.cutoff, ("outliers" if verdict.bimodal else "upper mode", "normal"))
 
 

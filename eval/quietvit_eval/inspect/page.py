@@ -168,11 +168,17 @@ def _local_note(model: Tree) -> str:
     )
 
 
-TOKENS = {"high": 0, "rest": 1}
+# What one token of each kind is called, by what the high ones are.
+TOKENS: Mapping[str, Mapping[str, str]] = {
+    "outliers": {"high": "one outlier", "rest": "one normal patch token"},
+    "suspicious": {"high": "one patch token of the upper mode", "rest": "one of the lower mode"},
+    "stand-in": {"high": "one of the patch tokens of highest norm", "rest": "one of the other patch tokens"},
+}
 
 
 def _one_token(model: Tree) -> dict[str, Any]:
-    found, names = model["one_token"], model["probed"]["threshold"]["names"]
+    found, threshold = model["one_token"], model["probed"]["threshold"]
+    names, words = threshold["names"], TOKENS[threshold["kind"]]
     if "skipped" in found:
         return {"note": f"Not scored: {found['skipped']}.", "tables": []}
     dropped = found["dropped"]
@@ -189,7 +195,7 @@ def _one_token(model: Tree) -> dict[str, Any]:
             continue
         rows = [
             {
-                "token": f"one of the {names[TOKENS[s['token']]]}" if s["token"] in TOKENS else s["token"],
+                "token": words.get(s["token"], s["token"]),
                 "top1": f"{100 * s['top1']:.1f} ± {100 * s['standard_error']:.1f}",
                 "draws": "" if s["std"] is None else f"{100 * s['std']:.1f} over {s['draws']} draws",
             }
@@ -264,7 +270,8 @@ def _millions(count: int | None) -> str:
 
 def _ranges(blocks: Sequence[str]) -> str:
     """ "2, 3, 4, 7" as "2-4, 7"."""
-    numbers, runs = [int(b) for b in blocks], []
+    numbers = [int(b) for b in blocks]
+    runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number

@@ -18,7 +18,8 @@ def share_map(high: Bool[np.ndarray, "M N"], grid: tuple[int, int]) -> Float64[n
     """Share of the images in which the patch at each place is high. Raises ValueError if N is not that of the grid."""
     if high.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"{high.shape[1]} patch tokens are not a grid of {grid[0]} x {grid[1]}")
-    return high.mean(axis=0, dtype=np.float64).reshape(grid)
+    share: Float64[np.ndarray, "h w"] = high.mean(axis=0, dtype=np.float64).reshape(grid)
+    return share
 
 
 def border_share(high: Bool[np.ndarray, "M N"], grid: tuple[int, int]) -> tuple[float, float]:

@@ -127,7 +127,7 @@ def _map(model: Tree) -> Chart:
     bar = figure.colorbar(image, ax=axes, fraction=0.046)
     bar.set_label("% of the images", color=INK)
     bar.ax.tick_params(colors=INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     name = model["probed"]["threshold"]["names"][0]
     caption = f"In how many images the patch at each place is among the {name}."
     return _chart("map", model["key"], f"Where they sit: {name}", caption, figure)
@@ -183,7 +183,7 @@ def _over_time(model: Tree) -> list[Chart]:
     if followed is not None:
         rows = [(c["step"], _share(c["verdicts"][-1])) for c in followed["checkpoints"]]
         axes.plot(*zip(*rows, strict=True), color=HIGH, marker="o", linewidth=1.4, label="checkpoints")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     _legend(axes)
     caption = "Of the patch tokens after the last block. While training: on the crops that the teacher saw."
     return [_chart("steps", model["key"], "When they came", caption, figure)]
@@ -196,7 +196,7 @@ def _shares(models: Sequence[Tree]) -> Chart:
         at = [100 * (layer["block"] + 1) / blocks for layer in model["layers"]]
         shares = [_share(layer["patches"]) for layer in model["layers"]]
         axes.plot(at, shares, color=MANY[number % len(MANY)], marker="o", markersize=3.5, label=model["name"])
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.set_xlim(0, 103)
     if len(models) > 1:
         _legend(axes)
@@ -215,7 +215,8 @@ def _share(verdict: Tree) -> float:
 
 
 def _log(values: Sequence[float | None]) -> np.ndarray:
-    return np.log10(np.array([np.nan if v is None else v for v in values], dtype=float))
+    logs: np.ndarray = np.log10(np.array([np.nan if v is None else v for v in values], dtype=float))
+    return logs
 
 
 def _axes(x: str, y: str, *, size: tuple[float, float] = (4.4, 3.0)) -> tuple[Figure, Axes]:
@@ -235,10 +236,15 @@ def _axes(x: str, y: str, *, size: tuple[float, float] = (4.4, 3.0)) -> tuple[Fi
 def _decades(axes: Axes, edges: Sequence[float] | np.ndarray, *, along: str = "y") -> None:
     """Ticks of a base-10 logarithm as norms."""
     low, high = np.log10(edges[0]), np.log10(edges[-1])
-    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high - low < 1 else (1, 2, 5) if high - low < 2.5 else (1,)
     values = [m * 10.0**e for e in range(int(np.floor(low)), int(np.ceil(high)) + 1) for m in steps]
     values = [v for v in values if low <= np.log10(v) <= high]
     (axes.set_yticks if along == "y" else axes.set_xticks)(np.log10(values), [f"{v:g}" for v in values])
+
+
+def _from_zero(axes: Axes) -> None:
+    """Shares in %, from 0 to at least 1."""
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
 
 
 def _legend(axes: Axes) -> None:

@@ -115,8 +115,8 @@ class SecondLook:
             chosen = host[np.arange(len(rows)), np.maximum(number, 0)]
             self.table.put(kind, rows, np.where(number[..., None] < 0, np.nan, chosen), total)
         registers = features.registers.cpu().numpy()
-        for number in range(registers.shape[1]):
-            self.table.put(f"register {number}", rows, registers[None, :, number], total)
+        for register in range(registers.shape[1]):
+            self.table.put(f"register {register}", rows, registers[None, :, register], total)
         self._neighbours(seen, x)
         return patches
 

@@ -202,4 +202,5 @@ def stem_tokens(extractor: Extractor, images: Float[Tensor, "b 3 H W"]) -> Float
         return None
     assert isinstance(extractor.backbone, Trunk)
     tokens, grid = extractor.backbone.tokenize(images.to(extractor.device), None)
-    return tokens.float().unflatten(1, grid)
+    stem: Tensor = tokens.float().unflatten(1, grid)
+    return stem
