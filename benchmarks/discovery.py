@@ -97,7 +97,7 @@ def main() -> None:
     today = datetime.date.today().isoformat()
     result: dict[str, Any] = {
         "date": today,
-        "environment": environment(torch.device("cpu")),
+        "environment": {k: v for k, v in environment(torch.device("cpu")).items() if k != "command"},  # it has paths
         "size": args.size,
         "results": {},
     }
