@@ -10,7 +10,7 @@ from quietvit_launch.commands import at_least
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-MODEL = "run folder, teacher.safetensors, or an official file of DINOv2 or T2T-ViT (.pth, .pth.tar)"
+MODEL = "run folder, teacher.safetensors, or weights of DINOv2, T2T-ViT, timm, open_clip or transformers on disk"
 EVAL_EXAMPLES = """examples:
   quietvit eval knn,linear --model runs/photos --data ~/labelled --random-init --pixels
   quietvit eval dinov2-imagenet-linear --model dinov2_vits14_reg4_pretrain.pth --data /data/imagenet --bf16
