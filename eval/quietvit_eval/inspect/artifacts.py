@@ -104,11 +104,28 @@ def inspect_artifacts(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder for what is written")
-    models, drawn = [], []
+    result, examples = examine(subjects, source, options, console=console)
+    charts = draw_all(result, examples)
+    out.mkdir(parents=True, exist_ok=True)
+    for chart in charts:
+        chart.write(out)
+    write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_page(out / "index.html", result, charts)
+    return result
+
+
+def examine(
+    subjects: Sequence[Subject], source: Source, options: Options, *, console: Console | None = None
+) -> tuple[dict[str, Any], list[list[Example]]]:
+    """All figures, as they stand in result.json (None for what is not finite), and images to show for each model.
+
+    Raises ValueError as `inspect_artifacts`.
+    """
+    models, examples = [], []
     for number, subject in enumerate(subjects):
-        about, pictures = _inspect_one(subject, source, options, console, key=f"model{number}")
+        about, shown = _inspect_one(subject, source, options, console, key=f"model{number}")
         models.append(about)
-        drawn.append(pictures)
+        examples.append(shown)
     result: dict[str, Any] = {
         "format": FORMAT,
         "data": {"name": source.name, "fingerprint": source.fingerprint()},
@@ -117,14 +134,7 @@ def inspect_artifacts(
         "environment": {"quietvit": quietvit.__version__, "torch": torch.__version__},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    result = finite(result)
-    charts = draw_all(result, drawn)
-    out.mkdir(parents=True, exist_ok=True)
-    for chart in charts:
-        chart.write(out)
-    write_text(out / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_page(out / "index.html", result, charts)
-    return result
+    return finite(result), examples
 
 
 def finite(tree: Any) -> Any:
