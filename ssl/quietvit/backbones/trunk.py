@@ -24,6 +24,7 @@ from quietvit.nn.drop_path import BranchDrop, draw_drop, drop_rates
 from quietvit.nn.ghost import ChannelScale
 from quietvit.nn.packing import Groups, pack, unpack
 from quietvit.nn.position import POS_INTERPOLATION, resize_positions, sinusoid_positions
+from quietvit.nn.register_neurons import check_neurons, plain_blocks
 
 __all__ = ["Trunk", "TrunkOptions"]
 
@@ -61,6 +62,8 @@ class TrunkOptions:
     pos_offset: float = 0.1  # D2, in offset mode only
     pos_antialias: bool = True  # the released reg4 models; registers paper, appendix A: without it, stripes
     attention: str = "auto"  # ours: see choose_attention
+    test_time_registers: int = 0  # so many of the registers, the last ones, were added without training; see
+    register_neurons: str = ""  # quietvit/nn/register_neurons.py: "2:0,1;5:17", hidden units by block that feed them
     num_classes: int = 0  # a supervised head that came with someone's weights; we train without one
     init: str = "trunc_normal"  # D2; "xavier" (Glorot uniform) gives small models a livelier start
     init_std: float = 0.02  # D2; of linear layers, under trunc_normal only
@@ -77,6 +80,10 @@ class TrunkOptions:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path}")
         check_attention_name(self.attention)
+        check_neurons(
+            self.register_neurons, self.test_time_registers, num_registers=self.num_registers, depth=self.depth,
+            dense=bool(self.dense_groups),
+        )  # fmt: skip
 
 
 class Trunk(nn.Module, ABC):
@@ -130,7 +137,8 @@ class Trunk(nn.Module, ABC):
                 raise ValueError(f"dense_groups {o.dense_groups} make {len(blocks)} blocks with their transitions; "
                                  f"set depth to {len(blocks)}, not {o.depth}")  # fmt: skip
         else:
-            blocks = [Block(o.embed_dim, o.num_heads, **layer) for _ in range(o.depth)]
+            added = slice(1 + o.num_registers - o.test_time_registers, 1 + o.num_registers)
+            blocks = plain_blocks(o.embed_dim, o.num_heads, o.depth, neurons=o.register_neurons, added=added, **layer)
         self.blocks = nn.ModuleList(blocks)
         self.embed_dim = blocks[-1].out_dim
         self.first_readable_block = max((i + 1 for i, b in enumerate(blocks) if isinstance(b, Transition)), default=0)
@@ -266,7 +274,7 @@ class Trunk(nn.Module, ABC):
                 f"{self.num_blocks - 1} can be read: the channels of earlier ones are gone"
             )
         x, groups, grids = self._embed([images], None)
-        states = self._run_blocks(x, groups, wanted)[1]
+        states = self._run_blocks(x, groups, wanted, stop=wanted[-1] + 1)[1]
         return [self.split(unpack(state, groups)[0], grids[0], norm=norm) for state in states]
 
     def attention_inputs(
@@ -344,11 +352,11 @@ class Trunk(nn.Module, ABC):
         return torch.cat(parts, dim=1)
 
     def _run_blocks(
-        self, x: Float[Tensor, "T D"], groups: Groups, collect: Sequence[int]
+        self, x: Float[Tensor, "T D"], groups: Groups, collect: Sequence[int], *, stop: int | None = None
     ) -> tuple[Float[Tensor, "T D"], list[Float[Tensor, "T D"]]]:
-        """The tokens after the last block, and those after each block listed in `collect`."""
+        """The tokens after the last block, or after the first `stop`, and those after each block in `collect`."""
         states = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:stop]):
             attend = self._attend(x, groups, cast(int, block.head_dim))
             x = block(x, groups, attend, self._draw(i, x, groups))
             if self._observer is not None:
