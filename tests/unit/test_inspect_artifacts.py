@@ -116,7 +116,7 @@ def test_planted_artifacts_are_diagnosed_exactly(
     assert set(share[marked]) == {1.0}
     assert found["places"]["images_with"] == 40
     assert found["probed"]["threshold"]["kind"] == "outliers"
-    assert f"{len(marked) / 64:.2%} of the patch tokens" in found["decision"]["sentence"]
+    assert f"{100 * len(marked) / 64:.2f} % of the patch tokens" in found["decision"]["sentence"]
     word = "are" if block == 0 else f"They begin after block {block}"
     assert word in found["decision"]["blocks"]
 
@@ -363,7 +363,7 @@ def test_the_command_writes_one_page_about_a_run_and_another_model(
     words += ["--data-option", "num_images=30", "--data-option", "image_size=32", "--label", "class", "--checkpoints"]
     assert main([*words, "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "there are outliers: 3.12% of the patch tokens" in " ".join(printed.split())
+    assert "there are outliers: 3.12 % of the patch tokens" in " ".join(printed.split())
     result = json.loads((out / "result.json").read_text())
     run, clean = result["models"]
     assert [c["step"] for c in run["checkpoints"]["checkpoints"]] == [100, 200]

@@ -110,7 +110,7 @@ def threshold_of(norms: LayerNorms) -> Threshold:
         raise ValueError(f"block {norms.probed}: {verdict.reason}; a model that gives these cannot be looked into")
     if verdict.kind == "none":
         value = float(np.quantile(norms.at_probed, 1 - STAND_IN))
-        return Threshold("stand-in", value, (f"highest {STAND_IN:.0%}", "rest"))
+        return Threshold("stand-in", value, (f"highest {100 * STAND_IN:.0f} %", "rest"))
     return Threshold(verdict.kind, verdict.cutoff, ("outliers" if verdict.bimodal else "upper mode", "normal"))
 
 
@@ -162,16 +162,17 @@ def coarse(histograms: Sequence[NormHistogram]) -> tuple[list[float], list[list[
 def sentence(verdict: NormVerdict, block: int, *, last: bool) -> str:
     """The decision on one block, in plain words."""
     where = f"After block {block}, the last," if last else f"After block {block}"
+    share = f"{100 * verdict.share:.2f} % of the patch tokens"
     if verdict.kind == "not finite":
         return f"{where} norms are not finite: {verdict.reason}."
     if verdict.kind == "outliers":
         return (
-            f"{where} there are outliers: {verdict.share:.2%} of the patch tokens have norms above {verdict.cutoff:.3g}"
+            f"{where} there are outliers: {share} have norms above {verdict.cutoff:.3g}"
             f", {verdict.ratio:.1f} times those of the others."
         )
     if verdict.kind == "suspicious":
         return (
-            f"{where} {verdict.share:.2%} of the patch tokens form a second mode {verdict.ratio:.1f} times above the "
+            f"{where} {share} form a second mode {verdict.ratio:.1f} times above the "
             "others: too near to be called outliers, as it may also come from what is in the pictures."
         )
     if math.isnan(verdict.max_over_median):

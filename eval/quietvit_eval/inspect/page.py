@@ -45,13 +45,13 @@ def overview_row(model: Tree) -> dict[str, str]:
     return {
         "model": model["name"],
         "blocks x width": f"{shape['blocks']} x {shape['embed_dim']}",
-        "parameters": _millions(shape["parameters"]),
+        "weights": _millions(shape["parameters"]),
         "registers": str(shape["registers"]),
         "verdict": KINDS[last["kind"]],
         "share": _percent(last["share"], 2) if last["kind"] in ("outliers", "suspicious") else "0 %",
         "times the rest": _number(last["ratio"], 1),
         "max / median": _number(last["max_over_median"], 1),
-        "blocks with outliers": _ranges(having),
+        "in blocks": _ranges(having),
     }
 
 
@@ -99,8 +99,8 @@ def sentences(model: Tree) -> Iterator[str]:
         yield f"Neighbours after the patch embedding were not compared: {near['skipped']}."
     elif near["more_alike"] is not None:
         yield (
-            f"A patch of the {threshold['names'][0]} is more like its neighbours than one of the others "
-            f"{_percent(near['more_alike'], 0)} of the time (50 % would be no difference)."
+            f"Of all pairs of a patch of the {threshold['names'][0]} and another one, the former is more like its "
+            f"neighbours in {_percent(near['more_alike'], 0)} (50 % would be no difference)."
         )
     if model["unreadable"]:
         yield f"{model['unreadable']:,} images could not be read and were left out."

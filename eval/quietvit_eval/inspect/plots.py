@@ -68,7 +68,7 @@ def _norms(model: Tree) -> Chart:
     counts = np.array(model["norms"]["patches"], dtype=float)  # [L, bins]
     most = np.maximum(counts.max(axis=1, keepdims=True), 1)
     alpha = np.log1p(counts) / np.log1p(most)
-    figure, axes = _axes("block", "norm of the token", size=(5.2, 3.4))
+    figure, axes = _axes("block", "norm of the token")
     colour = np.concatenate([np.broadcast_to(to_rgb(PATCHES), (*alpha.shape, 3)), alpha[..., None]], axis=-1)
     axes.imshow(
         colour.transpose(1, 0, 2), origin="lower", aspect="auto", interpolation="nearest",
@@ -88,8 +88,8 @@ def _norms(model: Tree) -> Chart:
     _decades(axes, edges)
     _legend(axes)
     caption = (
-        "Norms of patch tokens after every block, before the final norm; the darker, the more tokens (logarithm of the "
-        "count, each block by itself)."
+        "Norms of patch tokens after every block, before the final norm; the stronger the colour, the more tokens "
+        "(logarithm of the count, each block by itself)."
     )
     return _chart("norms", model["key"], "Norms by block", caption, figure)
 
@@ -122,8 +122,7 @@ def _map(model: Tree) -> Chart:
     share = 100 * np.array(model["places"]["share"])
     figure, axes = _axes("", "", size=(3.9, 3.3))
     image = axes.imshow(share, cmap="magma", vmin=0, vmax=max(float(share.max()), 1e-6), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_axis_off()
     bar = figure.colorbar(image, ax=axes, fraction=0.046)
     bar.set_label("% of the images", color=INK)
     bar.ax.tick_params(colors=INK)
@@ -143,6 +142,7 @@ def _neighbours(model: Tree) -> Chart:
             density = counts / counts.sum() / np.diff(edges)
             axes.stairs(density, edges, color=colour, fill=True, alpha=0.3)
             axes.stairs(density, edges, color=colour, linewidth=1.6, label=name)
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     _legend(axes)
     caption = (
         "Similarity of each patch with its 4 neighbours at the output of the patch embedding, before any position. "
@@ -249,7 +249,9 @@ def _from_zero(axes: Axes) -> None:
 
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
 
 
 def _chart(name: str, model: str | None, title: str, caption: str, figure: Figure) -> Chart:
