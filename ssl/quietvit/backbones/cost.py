@@ -42,7 +42,8 @@ def count_macs(name: str, *, image_size: int, size: str | None = None, **argumen
     """Multiply-adds of one square image, counted by fvcore in a trace of the forward pass.
 
     The position table is made for `image_size`, so that resizing it costs nothing. Blocks of one kind are traced once
-    and multiplied; a dense trunk is traced whole. `size` and `arguments` as in make_backbone, which says what is raised.
+    and multiplied; a dense trunk is traced whole. `size` and `arguments` as in make_backbone, which says what is
+    raised.
     """
     sizes = BACKBONES[name].SIZES if name in BACKBONES else {}
     shape = {**sizes.get(size or "", {}), **arguments}
@@ -56,6 +57,8 @@ def _on_meta(name: str, **arguments: Any) -> Trunk:
     # Neither changes a count: the default way to initialise takes ten times as long on this device, and the machine
     # that counts may lack the attention kernels of the one that trained.
     arguments |= {"init": "xavier", "attention": "auto"}
+    # Moving activations to registers multiplies nothing.
+    arguments |= {"test_time_registers": 0, "register_neurons": ""}
     with torch.device("meta"):
         return make_backbone(name, **arguments)
 

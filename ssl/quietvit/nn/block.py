@@ -93,10 +93,14 @@ class Block(nn.Module):
             return cast(Tensor, self.ls1(self.attn(self.norm1(x), groups, attend)))
 
         def feed_forward(x: Tensor, groups: Groups) -> Tensor:
-            return cast(Tensor, self.ls2(self.mlp(self.norm2(x))))
+            return cast(Tensor, self.ls2(self.feed(self.norm2(x), groups)))
 
         x = add_residual(x, attention, groups, drops[0])
         return add_residual(x, feed_forward, groups, drops[1])
+
+    def feed(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
+        """The feed-forward network on normalised tokens."""
+        return cast(Tensor, self.mlp(x))
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:

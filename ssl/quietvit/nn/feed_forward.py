@@ -1,6 +1,7 @@
 """The feed-forward networks of DINOv2, MLP and SwiGLU, with the activations that CLIP's relatives put into the MLP.
 
-Parameter names are those of DINOv2's checkpoints.
+Parameter names are those of DINOv2's checkpoints. All kinds, the ghost variant too, show their hidden units:
+`forward(x)` is `out_layer(hidden(x))`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
+    @property
+    def out_layer(self) -> nn.Linear:
+        return self.fc2
+
+    def hidden(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T H"]:
+        return self.act(cast(Tensor, self.fc1(x)))
+
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        return cast(Tensor, self.fc2(self.act(self.fc1(x))))
+        return cast(Tensor, self.fc2(self.hidden(x)))
 
 
 def swiglu_width(hidden: int) -> int:
@@ -51,6 +59,13 @@ class SwiGlu(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width, bias=bias)
         self.w3 = nn.Linear(width, dim, bias=bias)
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    @property
+    def out_layer(self) -> nn.Linear:
+        return self.w3
+
+    def hidden(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T H"]:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return cast(Tensor, self.w3(F.silu(gate) * value))
+        return cast(Tensor, F.silu(gate) * value)
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return cast(Tensor, self.w3(self.hidden(x)))

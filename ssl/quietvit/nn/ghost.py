@@ -67,7 +67,13 @@ class GhostMlp(nn.Module):
         self.cheap_operation3 = ChannelScale(dim)
         self.fc2 = nn.Linear(3 * dim, dim, bias=bias)
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    @property
+    def out_layer(self) -> nn.Linear:
+        return self.fc2
+
+    def hidden(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T H"]:
         x = F.gelu(self.fc1(x))
-        hidden = (x, F.gelu(self.cheap_operation2(x)), F.gelu(self.cheap_operation3(x)))
-        return cast(Tensor, self.fc2(torch.cat(hidden, dim=-1)))
+        return torch.cat((x, F.gelu(self.cheap_operation2(x)), F.gelu(self.cheap_operation3(x))), dim=-1)
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return cast(Tensor, self.fc2(self.hidden(x)))

@@ -157,8 +157,9 @@ def _listed(kind: str, keys: Sequence[str]) -> str:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all stored tensors as fp32: the same in memory and from any file."""
-    digest = hashlib.sha256()
+    """SHA-256 over names, shapes and values of all stored tensors as fp32, and over the register neurons of test-time
+    registers, if any: the same in memory and from any file."""
+    digest = hashlib.sha256(getattr(getattr(module, "options", None), "register_neurons", "").encode())
     for key, value in sorted(module.state_dict().items()):
         stored = _stored(value)
         digest.update(f"{key} {tuple(stored.shape)} {stored.dtype}\n".encode())

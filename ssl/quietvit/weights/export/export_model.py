@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quietvit.files import write_text
+from quietvit.files import free_folder, new_folder, write_text
 from quietvit.weights.export.all_targets import find_target
 from quietvit.weights.export.card import Run, ScoreRow, check_license, model_card, read_run
 from quietvit.weights.export.compare import check_parities, compare
@@ -82,13 +78,13 @@ def export_model(
     target's tolerance; as `load` for the path; OSError as the file system does.
     """
     target = find_target(to)
-    place = _free_place(out)
+    place = free_folder(out, what="the export")
     check_license(options.license)
     if run is None:
         run = read_run(model) if isinstance(model, Path) else Run()
     extractor = load(model, device="cpu", **(hints or {})) if isinstance(model, Path) else _on_cpu(model)
     sizes = _sizes(target, extractor, options)
-    with _temporary(place) as folder:
+    with new_folder(place) as folder:
         target.write(extractor, folder, options)
         opened = target.reopen(folder, options)
         parities = compare(extractor, opened, sizes, reader=target.name, tolerance=target.tolerance)
@@ -110,18 +106,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _free_place(out: Path) -> Path:
-    place = out.expanduser().resolve()
-    if place.is_dir() and not any(place.iterdir()):
-        if place == Path.cwd():
-            raise FileExistsError(f"{out} is the folder you are in: choose a new folder for the export")
-        return place
-    if place.exists():
-        what = "is not empty" if place.is_dir() else "is a file"
-        raise FileExistsError(f"{out} {what}: choose a new folder for the export")
-    return place
-
-
 def _on_cpu(extractor: BackboneExtractor) -> BackboneExtractor:
     if extractor.device.type == "cpu":
         return extractor
@@ -136,23 +120,3 @@ def _sizes(target: Target, extractor: BackboneExtractor, options: ExportOptions)
     if any(size not in sizes for size in options.sizes):
         raise ValueError(f"an export to {target.name} takes images of any size: leave sizes out")
     return sizes
-
-
-@contextmanager
-def _temporary(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place`, which gets that name at the end; if anything is raised, nothing remains."""
-    made = [p for p in (place.parent, *place.parent.parents) if not p.exists()]  # innermost first
-    folder = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        yield folder
-        folder.chmod(0o755)  # mkdtemp makes folders private
-        os.replace(folder, place)
-    except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another's files may have come there
-            for parent in made:
-                parent.rmdir()
-        raise

@@ -135,6 +135,8 @@ def needs_quietvit(backbone: Trunk) -> str | None:
     o = backbone.options
     if o.dense_groups:
         return "its blocks have dense connections"
+    if o.register_neurons:
+        return "it has test-time registers"
     if o.attention_layer != "plain":
         return f"its attention layers are of the kind '{o.attention_layer}'"
     if o.ffn not in ("mlp", "swiglu"):

@@ -45,6 +45,7 @@ def not_a_plain_vit(extractor: BackboneExtractor, library: str) -> str | None:
         "attention_layer": o.attention_layer != "plain",
         "ffn": o.ffn == "ghost",
         "dense_groups": bool(o.dense_groups),
+        "register_neurons": bool(o.register_neurons),
     }
     for option in (key for key, differs in odd.items() if differs):
         return f"{library}'s ViT has nothing like {option} {getattr(o, option)!r}: {others}"
