@@ -9,11 +9,12 @@ from importlib import metadata
 from pathlib import Path
 
 from quietvit_launch.commands import add_launching, at_least
-from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols, add_report
+from quietvit_launch.eval_arguments import MODEL, add_eval, add_protocols
 from quietvit_launch.export_arguments import add_export
 from quietvit_launch.info_arguments import add_info
 from quietvit_launch.inspect_arguments import add_inspect
 from quietvit_launch.mistakes import message_for_user
+from quietvit_launch.report_arguments import add_report, with_action
 from quietvit_launch.stopping import exit_code
 
 EXIT_USER_ERROR = 2
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_recipes(commands)
     add_eval(commands, _eval)
     add_protocols(commands, _protocols)
-    add_report(commands, _compare, _show)
+    add_report(commands, _report, _compare, _show)
     _add_use(commands)
     add_export(commands, _export)
     add_info(commands, _info)
@@ -85,6 +86,12 @@ def _protocols(args: argparse.Namespace) -> int:
     return run_protocols(args)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from quietvit_launch.reporting import run_report
+
+    return run_report(args)
+
+
 def _compare(args: argparse.Namespace) -> int:
     from quietvit_launch.reporting import run_compare
 
@@ -130,7 +137,7 @@ def _demo(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. A user's mistake is one message on stderr and exit code 2; a fault of ours is a traceback."""
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(with_action(sys.argv[1:] if argv is None else argv))
     # argparse takes no further positional arguments once an option stood between them; people write --out anywhere.
     name = next((n for n in SETTINGS if hasattr(args, n)), None)
     if name is not None and not any(word.startswith("-") for word in rest):

@@ -1,4 +1,4 @@
-"""The arguments of `eval`, `report` and `protocols`. Only the standard library is imported here."""
+"""The arguments of `eval` and `protocols`. Only the standard library is imported here."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ EVAL_EXAMPLES = """examples:
   quietvit eval knn --model my_model.py:make --data ~/labelled
   torchrun --nproc-per-node 8 -m quietvit_launch.cli eval linear views=crops --model runs/photos --data /data/imagenet
 The same command resumes an interrupted evaluation. Protocols: `quietvit protocols`.
-"""
-REPORT_EXAMPLES = """examples:
-  quietvit report compare runs/a runs/b
-  quietvit report compare runs/a/eval/knn_class_model_1a2b3c4d.json runs/b/eval/knn_class_model_5e6f7a8b.json
-  quietvit report compare runs/a --against random-init
 """
 
 
@@ -101,33 +96,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--class-map", metavar="FILE", help="which train class each test class is; `index`: folders named by number"
     )
     parser.add_argument("--real-labels", metavar="FILE", help="ReaL's real.json, for ImageNet's validation images")
-
-
-def add_report(
-    commands: Commands, compare: Callable[[argparse.Namespace], int], show: Callable[[argparse.Namespace], int]
-) -> None:
-    """`quietvit report compare` and `quietvit report show`."""
-    report = commands.add_parser("report", help="compare result cards, or show them as tables")
-    actions = report.add_subparsers(dest="action", required=True, metavar="ACTION")
-    comparing = actions.add_parser(
-        "compare",
-        help="two models: differences of their scores with 95 %% intervals; unlike protocols are refused",
-        epilog=REPORT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    comparing.add_argument("a", metavar="A", help="a card, a folder of cards or a run folder")
-    comparing.add_argument(
-        "b", metavar="B", nargs="?", help="likewise; each card of A is compared with its counterpart"
-    )
-    comparing.add_argument("--against", metavar="CONTROL", help="instead of B: A's models against its own control")
-    comparing.add_argument("--draws", type=at_least(1), default=1000, help="of the bootstrap (default: 1000)")
-    comparing.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (default: 0)")
-    comparing.add_argument("--format", choices=("table", "json"), default="table")
-    comparing.set_defaults(run=compare)
-    showing = actions.add_parser("show", help="print cards, each protocol in a table of its own")
-    showing.add_argument("paths", nargs="+", metavar="PATH", help="cards, folders of cards or run folders")
-    showing.add_argument("--format", choices=("table", "json"), default="table")
-    showing.set_defaults(run=show)
 
 
 def add_protocols(commands: Commands, run: Callable[[argparse.Namespace], int]) -> None:

@@ -1,4 +1,4 @@
-"""The commands `report` and `protocols`: what cards and recipes say."""
+"""The commands `report` and `protocols`: what runs, cards and recipes say."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ from pathlib import Path
 from rich.console import Console
 
 WIDTH = 110  # columns of a file or a pipe
+PAGE = "report.html"
+NAMED = 5  # runs that an error names
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """`quietvit report RUN`: one page about a run. Raises ValueError for a folder that is none."""
+    from quietvit_launch.jobs import ask, find_runs, look
+
+    folder = Path(args.folder).expanduser()
+    out = folder / PAGE if args.out is None else Path(args.out).expanduser()
+    out = out / PAGE if out.is_dir() else out
+    if folder.is_dir() and not (folder / "config.yaml").exists() and (runs := list(find_runs(folder))):
+        more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+        raise ValueError(f"{folder} holds runs, and a page is about one: {', '.join(map(str, runs[:NAMED]))}{more}")
+    from quietvit_eval.run_report.folder import State
+    from quietvit_eval.run_report.page import write_run_report
+
+    row = look(folder, ask([folder]))
+    console = wide_console()
+    path = write_run_report(
+        folder, out, state=State(row.state, row.message, row.steps), images=args.images, console=console
+    )
+    console.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def run_compare(args: argparse.Namespace) -> int:
