@@ -144,6 +144,7 @@ def test_a_run_that_forgets_is_rewound_and_recovers(place: Path, tmp_path: Path)
     full = lrs(tmp_path / "off")
     training = training_in(place, tmp_path / "run", *settings)
     assert run(training).step == 8
+    assert "now (step 4)" in said(training)
     assert "rewound to step 2 (1 of at most 3 times); the learning rate is 1e-05 of the schedule's" in said(training)
     found = note(tmp_path / "run")
     assert (found["outcome"], found["lr_factor"], found["bad"]) == ("finished", 1e-5, 0)

@@ -311,10 +311,11 @@ def _say(training: Training, message: str) -> None:
 def _rewind(training: Training, verdict: str) -> None:
     """What the guard does when the model has forgotten. Raises TrainingStoppedError if that is the end."""
     assert training.guard is not None
+    figures = training.guard.table()
     done = training.guard.rewind()
     if done is None:
         raise TrainingStoppedError(training.guard.stop(verdict))
-    _say(training, f"{verdict}\n{training.guard.table()}\n{done}")
+    _say(training, f"{verdict}\n{figures}\n{done}")
 
 
 def _save(training: Training, writer: checkpoint.Writer, step: int) -> None:
