@@ -204,6 +204,7 @@ def build_backbone(config: RunConfig) -> nn.Module:
         "patch_size": model.patch_size,
         "image_size": model.image_size or config.crops.global_size,
         "num_registers": model.num_registers,
+        "register_std": model.register_std,
         "layer_scale": model.layer_scale,
         "drop_path": model.drop_path,
         "drop_path_uniform": model.drop_path_uniform,

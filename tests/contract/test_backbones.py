@@ -479,3 +479,14 @@ def test_sizes_can_be_built_and_overridden(name: str) -> None:
             model = make_backbone(name, size=size, **shorter)
         assert model.num_blocks == 1
         assert {key: model.arguments[key] for key in given} == {**given, **shorter}
+
+
+def test_new_registers_are_as_large_as_asked_for() -> None:
+    drawn = {}
+    for std in (1e-6, 0.02):
+        torch.manual_seed(0)
+        backbone = make_backbone("vit", size="nano", patch_size=8, image_size=32, num_registers=16, register_std=std)
+        drawn[std] = backbone.state_dict()
+    assert drawn[0.02]["register_tokens"].std() == pytest.approx(0.02, rel=0.1)
+    others = [k for k in drawn[0.02] if k != "register_tokens"]
+    assert all(torch.equal(drawn[1e-6][k], drawn[0.02][k]) for k in others)

@@ -43,6 +43,7 @@ class TrunkOptions:
     num_heads: int
     image_size: int = 224  # side in pixels that the position table is made for; D2: 224 in training, 518 released
     num_registers: int = 4  # recommended in "Vision Transformers Need Registers", section 3; D2 defaults to 0
+    register_std: float = 1e-6  # D2; in short runs such registers stay alike. DINOv3: 0.02
     ffn: str = "mlp"  # D2; its giant model has "swiglu"; "ghost": T2T-ViT's architecture study
     attention_layer: str = "plain"  # D2; "se" and "ghost": T2T-ViT's architecture study
     dense_groups: str = ""  # "3-6-6-4": dense connections (quietvit/backbones/dense.py); depth counts their transitions
@@ -176,7 +177,7 @@ class Trunk(nn.Module, ABC):
         else:
             self.pos_embed.copy_(sinusoid_positions(self.pos_embed.shape[1], self.options.embed_dim))
         if self.num_registers:
-            nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
+            nn.init.normal_(self.register_tokens, std=self.options.register_std, generator=generator)
         nn.init.zeros_(self.mask_token)
         self.init_stem(generator)
         first = (self.norm_pre,) if self.options.pre_norm else ()

@@ -33,6 +33,11 @@ def adopt(
     Raises ConfigError, which names both values, for an architecture or a normalisation that contradicts the model's.
     """
     model, file = config.model, config.init.from_
+    if arguments.get("register_neurons"):
+        raise ConfigError(
+            f"init.from={file}: its registers were added without training. Begin with the model that they were added "
+            "to, and ask for registers by model.num_registers"
+        )
     _check_same(model, name, arguments, sizes, f"init.from={file}")
     _check_normalisation(config, mean, std)
     patch, registers = arguments["patch_size"], arguments["num_registers"]
@@ -79,6 +84,7 @@ def backbone_arguments(model: ModelConfig, arguments: Mapping[str, Any]) -> dict
         "patch_size": model.patch_size,
         "image_size": model.image_size,
         "num_registers": model.num_registers,
+        "register_std": model.register_std,
         "drop_path": model.drop_path,
         "drop_path_uniform": model.drop_path_uniform,
         "attention": model.attention,

@@ -31,6 +31,7 @@ class ModelConfig:
     patch_size: int | None = 16  # short recipe
     image_size: int | None = None  # side of the position grid in pixels; None: the global crop
     num_registers: int | None = 4  # [Reg] Fig. 8: one removes artifacts, four are best on dense tasks
+    register_std: float = 1e-6  # of new registers; [D2]'s code, where short runs leave them alike. DINOv3: 0.02
     layer_scale: float | None = 1e-5  # short recipe; 0 leaves it out
     drop_path: float = 0.3  # short recipe
     drop_path_uniform: bool = True  # short recipe
