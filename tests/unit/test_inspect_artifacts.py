@@ -166,6 +166,24 @@ def test_probes_tell_planted_outliers_from_the_rest() -> None:
     assert found["neighbours"]["high"]["tokens"] == 120
 
 
+class Shades(Pictures):
+    """The class is how bright the picture is."""
+
+    def load(self, index: int, *, min_side: int | None = None) -> np.ndarray:
+        shade = 60 * int(self.labels["class"][index])
+        return (super().load(index) // 2 + shade).astype(np.uint8)
+
+
+def test_labels_meet_the_tokens_of_their_own_images() -> None:
+    """The blocks of the planted model move nothing between tokens: patches know the shade, [CLS] cannot."""
+    model = extractor_of(planted_vit(block=1, amount=60.0, positions=[5, 40], num_registers=1))
+    found = look(model, Shades(120, broken=[3, 50]), images=90)["one_token"]
+    scores = {s["token"]: s["top1"] for s in found["same_images"]["scores"]}
+    assert scores["mean of patches"] == 1.0
+    assert min(scores["rest"], scores["high"]) > 0.75
+    assert scores["[CLS]"] == scores["register 0"] == found["same_images"]["chance"] < 0.75
+
+
 def test_norms_seen_by_the_observer_are_those_of_the_blocks() -> None:
     model = extractor_of(clean_vit(num_registers=2))
     x = torch.randn(3, 3, 32, 32)

@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float32, Int64
 from quietvit_eval.logistic import LogisticOptions, fit_path, hold_out
 
 # Ours: every decade of DINOv2's range (theirs has 45 values), as a table has a dozen tokens, each drawn several times;
-# and a fifth of the train images to choose C on (theirs: a tenth), by their cross-entropy, as a thousand images leave
-# too few for accuracies that are not tied.
+# and a fifth of the train images to choose C on (theirs: a tenth), as a thousand images leave few.
 OPTIONS = LogisticOptions(num_c=12, held_out=0.2)
 LEAST_IMAGES = 10  # of train and of test part (ours)
 
@@ -122,8 +121,10 @@ def classify(
     seed: int,
     options: LogisticOptions = OPTIONS,
 ) -> Bool[np.ndarray, " q"]:
-    """Which test images logistic regression gets right. C has the least cross-entropy on a held-out part of the train
-    images, of equal ones the smallest, and is refitted on all of them.
+    """Which test images logistic regression gets right. C is right most often on a held-out part of the train images,
+    where several are with the least cross-entropy (ours), and is refitted on all of them.
+
+    By cross-entropy alone C came out too small: 22 % instead of 29 % of 90 images right, mean over 6 splits of 300.
 
     Raises ValueError for fewer than two classes, or none with two train images.
     """
@@ -132,8 +133,12 @@ def classify(
     kept, held = (rows.numpy() for rows in parts)
     path = fit_path(train[kept], train_labels[kept], options.cs, max_iter=options.max_iter, tol=options.tol)
     answers = torch.from_numpy(train_labels[held])
-    losses = [float(F.cross_entropy(fitted.logits(train[held], count), answers)) for fitted in path]
-    best = options.cs[int(np.argmin(losses))]
+    ranks = []
+    for c, fitted in zip(options.cs, path, strict=True):
+        logits = fitted.logits(train[held], count)
+        right = int((logits.argmax(1) == answers).sum())
+        ranks.append((-right, float(F.cross_entropy(logits, answers)), c))
+    best = min(ranks)[2]
     (final,) = fit_path(train, train_labels, [best], max_iter=options.max_iter, tol=options.tol)
     hits: Bool[np.ndarray, " q"] = final.logits(test, count).argmax(1).numpy() == test_labels
     return hits
