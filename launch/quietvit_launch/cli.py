@@ -15,7 +15,9 @@ from quietvit_launch.info_arguments import add_info
 from quietvit_launch.inspect_arguments import add_inspect
 from quietvit_launch.mistakes import message_for_user
 from quietvit_launch.report_arguments import add_report, with_action
+from quietvit_launch.retrofit_arguments import add_retrofit
 from quietvit_launch.stopping import exit_code
+from quietvit_launch.study_arguments import add_study
 
 EXIT_USER_ERROR = 2
 # Arguments that hold settings, of whatever command, and an example of one.
@@ -38,6 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_export(commands, _export)
     add_info(commands, _info)
     add_inspect(commands, _inspect)
+    add_retrofit(commands, _retrofit)
+    add_study(commands, _study)
     demo = commands.add_parser("demo", help="pretrain, evaluate and export on the embedded data set, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for the run and its summary.json (default: runs/demo)")
     demo.add_argument("--seed", type=at_least(0), default=0)
@@ -128,6 +132,18 @@ def _inspect(args: argparse.Namespace) -> int:
     return run_inspect(args)
 
 
+def _retrofit(args: argparse.Namespace) -> int:
+    from quietvit_launch.retrofitting import run_retrofit
+
+    return run_retrofit(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from quietvit_launch.studying import run_study
+
+    return run_study(args)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from quietvit_launch.demo import run_demo
 
@@ -149,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt as stop:
-        resume = "; the same command goes on from what was saved" if args.command == "eval" else ""
+        resume = "; the same command goes on from what was saved" if args.command in ("eval", "study") else ""
         print(f"quietvit: interrupted{resume}", file=sys.stderr)
         return exit_code(stop)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

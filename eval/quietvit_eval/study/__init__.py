@@ -1,0 +1,1 @@
+"""The register study: the same recipe with several numbers of registers, on one page."""
