@@ -139,7 +139,8 @@ class Trunk(nn.Module, ABC):
                                  f"set depth to {len(blocks)}, not {o.depth}")  # fmt: skip
         else:
             added = slice(1 + o.num_registers - o.test_time_registers, 1 + o.num_registers)
-            blocks = plain_blocks(o.embed_dim, o.num_heads, o.depth, neurons=o.register_neurons, added=added, **layer)
+            neurons = o.register_neurons
+            blocks = [*plain_blocks(o.embed_dim, o.num_heads, o.depth, neurons=neurons, added=added, **layer)]
         self.blocks = nn.ModuleList(blocks)
         self.embed_dim = blocks[-1].out_dim
         self.first_readable_block = max((i + 1 for i, b in enumerate(blocks) if isinstance(b, Transition)), default=0)

@@ -1,20 +1,19 @@
 """The feed-forward networks of DINOv2, MLP and SwiGLU, with the activations that CLIP's relatives put into the MLP.
 
-Parameter names are those of DINOv2's checkpoints. All kinds, the ghost variant too, show their hidden units:
-`forward(x)` is `out_layer(hidden(x))`.
+Parameter names are those of DINOv2's checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Mlp", "SwiGlu", "quick_gelu", "swiglu_width"]
+__all__ = ["ACTIVATIONS", "FeedForward", "Mlp", "SwiGlu", "quick_gelu", "swiglu_width"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -23,6 +22,17 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class FeedForward(Protocol):
+    """What every kind is, the ghost variant too: `out_layer(hidden(x))`."""
+
+    @property
+    def out_layer(self) -> nn.Linear: ...
+
+    def hidden(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T H"]:
+        """Activations of the hidden units."""
+        ...
 
 
 class Mlp(nn.Module):

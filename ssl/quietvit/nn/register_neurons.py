@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quietvit.nn.block import Block
+from quietvit.nn.feed_forward import FeedForward
 from quietvit.nn.packing import Groups, pack, unpack
 
 __all__ = [
@@ -100,14 +101,14 @@ class ShiftingBlock(Block):
 
     def __init__(self, dim: int, num_heads: int, *, units: Sequence[int], added: slice, **layer: Any) -> None:
         super().__init__(dim, num_heads, **layer)
-        width = self.mlp.out_layer.in_features
+        width = cast(FeedForward, self.mlp).out_layer.in_features
         if max(units) >= width:
             raise ValueError(f"register_neurons name hidden unit {max(units)}: there are {width}, numbered from 0")
         self.units, self.added = tuple(units), added
 
     def feed(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
-        hidden = move_to_registers(self.mlp.hidden(x), groups, self.units, self.added)
-        return cast(Tensor, self.mlp.out_layer(hidden))
+        network = cast(FeedForward, self.mlp)
+        return cast(Tensor, network.out_layer(move_to_registers(network.hidden(x), groups, self.units, self.added)))
 
 
 def plain_blocks(dim: int, num_heads: int, depth: int, *, neurons: str, added: slice, **layer: Any) -> list[Block]:
