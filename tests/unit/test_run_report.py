@@ -215,7 +215,7 @@ def test_broken_lines_are_counted_but_for_one_being_written(run: Path) -> None:
     assert read_run_folder(run, state_of()).problems == ()
     path.write_bytes(b'\xff{"step"\n[1]\n{"step": "x"}\n' + whole)
     (problem,) = read_run_folder(run, state_of()).problems
-    assert problem.startswith("3 lines of metrics.jsonl cannot be read (the first is line 1)")
+    assert problem == "left out here, for they cannot be read: 3 lines of metrics.jsonl (first: line 1)"
 
 
 def test_a_run_of_one_step(run: Path) -> None:
@@ -354,7 +354,7 @@ BY_RECORDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "one step skipped": ({"skipped": lambda s: 1.0 if s == 7 else None}, "1 step was skipped", False),
     "many steps skipped": ({"skipped": lambda s: s / 2 if s % 2 else None}, "100 steps were skipped", True),
     "waiting": ({"data_wait": lambda s: 0.45}, "45% of the time", False),
-    "slow for a while": ({"images_per_s": lambda s: 20.0 if 50 < s <= 80 else 100.0}, "between steps 51 and 80", False),
+    "slow a while": ({"images_per_s": lambda s: 20.0 if 50 < s <= 80 else 100.0}, "15% of the steps, first at step 51", False),
     "slow at the end": ({"images_per_s": lambda s: 20.0 if s > 180 else 100.0}, "and is slow now", False),
     "outliers": ({"health/outlier_share": lambda s: 0.021}, "2.1 % of the patch tokens had outlying norms", False),
     "metrics cut": ({"num": 120}, "the metrics end at step 120", False),
@@ -593,10 +593,29 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def troubled_file(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with everything on it: scores, the guard's table, warnings, names that do not end."""
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("troubled") / ("a-name-without-an-end" * 5)))
+    name = "folder/" * 8 + "a_file_name_that_has_no_place_to_break_it_" * 4 + ".png"
+    (run / "unreadable.txt").write_text(f"{name}\tno image\n")
+    looks = [{"step": s, "knn": 50.0, "rank": 20.0, "outlier_share": 0.01} for s in (0, 4, 12)]
+    (run / "guard.json").write_text(
+        json.dumps({"outcome": "running", **dict(zip(("start", "best", "now"), looks, strict=True))})
+    )
+    artifacts = [{"step": s, "artifacts/share/block_00": 0.0, "artifacts/share/block_01": 0.04} for s in range(13)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in artifacts)
+    for subject in ("model", "random-init"):
+        card(run, subject=subject, protocol={"image_size": 32, "view": "x" * 90})
+    return write_run_report(run, run / "report.html", state=state_of("failed", "out of memory " * 20), images=2)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_shows_it(tab: Browser, page_file: Path, width: int, scheme: str) -> None:
-    tab.open(page_file, width=width, scheme=scheme)
+@pytest.mark.parametrize("which", ["page_file", "troubled_file"])
+def test_a_browser_shows_it(tab: Browser, request: pytest.FixtureRequest, which: str, width: int, scheme: str) -> None:
+    tab.open(request.getfixturevalue(which), width=width, scheme=scheme)
     assert tab.complaints() == []
     assert [r for r in tab.requests() if not r.startswith(("data:", "file:"))] == []
     broken = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"

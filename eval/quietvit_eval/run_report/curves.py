@@ -125,7 +125,7 @@ def draw_map(title: str, caption: str, steps: Values, rows: Float[np.ndarray, "L
         strength = 0.15 + 0.85 * shown[block, column] / most
         parts.append(
             f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-            f'fill-opacity="{strength:.2f}"/>'
+            f'fill-opacity="{strength:.2f}" shape-rendering="crispEdges"/>'
         )
     for block in range(0, blocks, -(-blocks // 12)):
         parts.append(_text(LEFT - 5, HEIGHT - BOTTOM - (block + 0.5) * height + 4, str(block), "end"))

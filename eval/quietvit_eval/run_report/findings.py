@@ -71,7 +71,7 @@ def _silent(run: RunFolder) -> Iterator[Finding]:
     if run.silent_s > max(SILENT_S, usual):
         yield Finding(
             f"The run says that it is running, but has written nothing for {duration(run.silent_s)}.",
-            "Look whether its process lives (`quietvit jobs`) and whether the disk is full or the file system hangs.",
+            "Look whether its process lives (quietvit jobs) and whether the disk is full or the file system hangs.",
             True,
         )
 
@@ -198,14 +198,14 @@ def _artifacts(run: RunFolder) -> Iterator[Finding]:
             f"There are artifacts since step {began:,}: up to {100 * share:.1f} % of the patch tokens after the last "
             "block have norms far above the others.",
             f"{cure} (model.num_registers). Dense tasks and maps suffer most; "
-            "`quietvit inspect artifacts` shows where they sit.",
+            "quietvit inspect artifacts shows where they sit.",
             True,
         )
     share = run.last("health/outlier_share")
     if not run.episodes and share:
         yield Finding(
             f"At the last look {100 * share:.1f} % of the patch tokens had outlying norms.",
-            "`quietvit inspect artifacts` tells whether they are artifacts.",
+            "quietvit inspect artifacts tells whether they are artifacts.",
             False,
         )
 
@@ -232,9 +232,9 @@ def _speed(run: RunFolder) -> Iterator[Finding]:
     ]
     slow = [(m, s) for m, s in medians if m < SLOW * usual]
     if slow:
-        where = f"between steps {slow[0][1][0]:,.0f} and {slow[-1][1][-1]:,.0f}"
+        where = f"in {len(slow) / PARTS:.0%} of the steps, first at step {slow[0][1][0]:,.0f}"
         least = min(median for median, _ in slow)
-        at_end = " and is slow now" if medians[-1][0] < SLOW * usual else ""
+        at_end = ", and is slow now" if medians[-1][0] < SLOW * usual else ""
         yield Finding(
             f"The speed fell from its usual {usual:.3g} images a second to {least:.3g} {where}{at_end}.",
             "Look for other work on the machine, heat, or a slow disk.",

@@ -138,7 +138,7 @@ def _read_records(path: Path, problems: list[str]) -> Iterator[Record]:
             broken.append(number)
     if broken:
         many = f"{len(broken)} lines" if len(broken) > 1 else "1 line"
-        problems.append(f"{many} of metrics.jsonl cannot be read (the first is line {broken[0]}) and are left out here")
+        problems.append(f"left out here, for they cannot be read: {many} of metrics.jsonl (first: line {broken[0]})")
 
 
 def _read_config(path: Path, problems: list[str]) -> RunConfig | None:
