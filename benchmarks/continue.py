@@ -4,8 +4,8 @@
 
 A run of the recipe quickstart is the model to begin with. It is continued with new heads on the same pictures in
 another order, three times: `careful` as init.from does by itself, at a tenth of the quickstart's learning rate;
-`careless` without a freeze at ten times that rate, unguarded; `rewound` as careless, but with init.guard=rewind. k-NN is
-that of the health probe, on the same held-out images throughout. What is there in --out is not done again.
+`careless` without a freeze at ten times that rate, unguarded; `rewound` as careless, but with init.guard=rewind.
+k-NN is that of the health probe, on the same held-out images throughout. What is there in --out is not done again.
 """
 
 from __future__ import annotations
