@@ -39,7 +39,7 @@ class Row:
     step: int
     steps: int | None
     loss: float | None
-    knn: float | None
+    knn: float | None  # %
     message: str
 
 
@@ -64,7 +64,7 @@ def run_jobs(folder: Path, form: str) -> int:
     for r in rows:
         name = os.path.relpath(r.run, folder) if r.run != str(folder) else r.run
         step = f"{r.step}/{r.steps}" if r.steps else str(r.step)
-        loss, knn = "" if r.loss is None else f"{r.loss:.3f}", "" if r.knn is None else f"{100 * r.knn:.1f} %"
+        loss, knn = "" if r.loss is None else f"{r.loss:.3f}", "" if r.knn is None else f"{r.knn:.1f} %"
         table.add_row(name, r.state, r.job or "", step, loss, knn, r.message)
     console.print(table)
     return 0

@@ -409,6 +409,7 @@ def _save_teacher(
             "config_hash": settings,
             "data": source.name,
             "data_fingerprint": source.fingerprint(),
+            "num_images": len(source),
             "objective": config.objective.method,
             **({} if start is None else {"init": start.about()}),
         },

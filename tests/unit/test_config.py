@@ -191,3 +191,10 @@ def test_null_takes_away_the_options_of_a_recipe() -> None:
     assert load_config("quickstart").data.options
     assert load_config("quickstart", ["data.source=folder", "data.options=null"]).data.options == {}
     assert load_config("quickstart", ["data.options={}"]).data.options == load_config("quickstart").data.options
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "- a: 1"])
+def test_a_recipe_that_is_no_mapping(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"{text}\n")
+    with pytest.raises(ConfigError, match="must be a mapping of sections"):
+        load_config(str(tmp_path / "recipe.yaml"))

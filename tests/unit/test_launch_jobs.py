@@ -51,11 +51,11 @@ def test_states_without_slurm(tmp_path: Path) -> None:
     saved = a_run(tmp_path / "saved", 3, state="stopped", steps=8, message="saved at step 3 of 8")
     here = a_run(tmp_path / "here", 3, state="running", steps=8)
     (here / "metrics.jsonl").write_text(
-        '{"step": 4, "loss/total": 6.5}\n{"step": 5, "health/knn": 0.25}\n{"step": 6, "lo'
+        '{"step": 4, "loss/total": 6.5}\n{"step": 5, "health/knn": 25.0}\n{"step": 6, "lo'
     )
     assert look(done, {}) == Row(str(done), "finished", None, 8, 8, None, None, "")
     assert look(saved, {}) == Row(str(saved), "stopped", None, 3, 8, None, None, "saved at step 3 of 8")
-    assert look(here, {}) == Row(str(here), "running", None, 5, 8, 6.5, 0.25, "")
+    assert look(here, {}) == Row(str(here), "running", None, 5, 8, 6.5, 25.0, "")
     status = json.loads((here / "status.json").read_text())
     for change in ({"pid": 2**22 + 1}, {"time": 1000.0}):  # gone; another process has its number
         (here / "status.json").write_text(json.dumps(status | change))
@@ -119,12 +119,12 @@ def test_the_end_of_a_long_log_is_enough(tmp_path: Path) -> None:
 
 def test_the_table_and_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path / "runs" / "first", 8, state="finished", steps=8)
-    (run / "metrics.jsonl").write_text('{"step": 8, "loss/total": 6.5, "health/knn": 0.251}\n')
+    (run / "metrics.jsonl").write_text('{"step": 8, "loss/total": 6.5, "health/knn": 25.1}\n')
     assert cli.main(["jobs", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out.split()[-6:] == ["first", "finished", "8/8", "6.500", "25.1", "%"]
     assert cli.main(["jobs", str(tmp_path), "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["run"], row["state"], row["knn"]) == (str(run), "finished", 0.251)
+    assert (row["run"], row["state"], row["knn"]) == (str(run), "finished", 25.1)
     (tmp_path / "empty").mkdir()
     assert cli.main(["jobs", str(tmp_path / "empty")]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path / 'empty'}\n"

@@ -17,7 +17,7 @@ from torch import nn
 import quietvit
 from quietvit.backbones import make_backbone
 from quietvit.contracts import Extractor
-from quietvit.weights import load_backbone, random_like, save_teacher
+from quietvit.weights import BackboneExtractor, load_backbone, random_like, save_teacher
 from quietvit.weights.native import METADATA_KEY, load_strictly, weights_hash
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -167,6 +167,10 @@ def test_random_control_is_the_initialisation_of_the_run(tmp_path: Path) -> None
     assert torch.equal(torch.random.get_rng_state(), state)
     assert weights_hash(control.backbone) == weights_hash(start) != weights_hash(trained)
     assert control.meta["provenance"] == {"random_init": True, "seed": 11, "seed_of_run": True}
+    begun = BackboneExtractor(
+        model.backbone, {**model.meta, "provenance": {"seed": 11, "init": {"file": "a"}}}, device=model.device
+    )
+    assert random_like(begun).meta["provenance"] == {"random_init": True, "seed": 0, "seed_of_run": False}
     other = random_like(model, seed=5)
     assert weights_hash(other.backbone) == weights_hash(nano(seed=5))
     assert model.identity()["provenance"] == {"seed": 11}

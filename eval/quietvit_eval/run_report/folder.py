@@ -146,8 +146,6 @@ def _read_config(path: Path, problems: list[str]) -> RunConfig | None:
         return None
     try:
         return load_config(str(path))
-    except (TypeError, AssertionError):  # OmegaConf's, of YAML that is a list or a number
-        problems.append(f"the settings in {path.name} cannot be read: there are no sections in it")
     except (ValueError, OSError) as error:
         problems.append(f"the settings in {path.name} cannot be read: {error}")
     return None

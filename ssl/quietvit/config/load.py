@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from quietvit.config.schema import RunConfig
 
 T = TypeVar("T")
+NO_MAPPING = "recipe {!r} must be a mapping of sections (model, data, train, ...)"
 
 
 class ConfigError(ValueError):
@@ -57,10 +58,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"{item!r} is not a setting: write it as key=value, e.g. train.steps=1000")
     with explained_yaml(f"recipe {recipe!r} or an override"):
         # Keep the user's order: what is written last wins.
-        tree = OmegaConf.merge(OmegaConf.create(_recipe_text(recipe)), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {recipe!r} must be a mapping of sections (model, data, train, ...)")
+        try:
+            written = OmegaConf.create(_recipe_text(recipe))
+        except AssertionError as error:  # OmegaConf's, of a bare number
+            raise ConfigError(NO_MAPPING.format(recipe)) from error
+        if not OmegaConf.is_dict(written):
+            raise ConfigError(NO_MAPPING.format(recipe))
+        values = OmegaConf.to_container(OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    assert isinstance(values, dict)
     return from_mapping(RunConfig, _left_open({str(k): v for k, v in values.items()}), "")
 
 

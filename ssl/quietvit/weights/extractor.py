@@ -225,7 +225,8 @@ def random_like(extractor: BackboneExtractor, seed: int | None = None) -> Backbo
     `seed` None: the run's own where its provenance tells it (the very weights training started from, as long as the
     backbone was the first thing built after `torch.manual_seed(seed)`), else 0. The global random state is left alone.
     """
-    spec, known = extractor.meta["backbone"], extractor.meta["provenance"].get("seed")
+    spec, of = extractor.meta["backbone"], extractor.meta["provenance"]
+    known = None if "init" in of else of.get("seed")  # a run that began with a model did not begin with its seed
     seed = seed if seed is not None else int(known or 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
