@@ -73,8 +73,10 @@ def check_evaluations(evaluations: Sequence[tuple[str, ...]]) -> None:
     from quietvit_launch.cli import make_parser
 
     for words in evaluations:
-        parsed = make_parser().parse_args(["eval", *words, "--model", "none"])
-        make_plan(parsed.tasks, parsed.settings, size=parsed.size, select=parsed.select)
+        parsed, rest = make_parser().parse_known_args(["eval", *words, "--model", "none"])
+        if unknown := [word for word in rest if word.startswith("-")]:
+            raise ValueError(f"--eval {words[0]}: `quietvit eval` has no {unknown[0]}")
+        make_plan(parsed.tasks, [*parsed.settings, *rest], size=parsed.size, select=parsed.select)
 
 
 def evaluate_once(words: tuple[str, ...], model: Path, weights: str, folder: Path, done_only: bool) -> tuple[Path, int]:

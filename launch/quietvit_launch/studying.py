@@ -213,7 +213,8 @@ def _submit(args: argparse.Namespace, study: Study, slurm: Sequence[str]) -> int
     """The runs that are neither there nor on their way, as an array. Returns the exit code."""
     from quietvit_launch.slurm import load_slurm, submit
 
-    jobs, waiting = [], []
+    jobs: list[Job] = []
+    waiting: list[Job] = []
     for job in jobs_of(study):
         run = Path(job.out_dir)
         under_way = run.is_dir() and look(run, ask([run])).state in ("queued", "running")
@@ -276,8 +277,8 @@ def _look_and_score(
         model = _Model(f"retrofit-{weights[:12]}", path, weights, name)
         found = _seen(args, study, model, source, options)
         cards = _scores(args, study, model, evaluations, controls=False)
-        seed = None if found is None else found["seed"]
-        entries.append(Entry(name, None, seed, path.name, found, cards))
+        told: int | None = None if found is None else found["seed"]
+        entries.append(Entry(name, None, told, path.name, found, cards))
     return sorted(entries, key=lambda e: (e.registers is None, e.registers or 0))
 
 

@@ -169,7 +169,7 @@ def _clock(device: torch.device) -> float:
 def _peak(training: Training, batch: Batch) -> int:
     """Bytes of one training at the height of a step, its own weights and state among them."""
     own = _resident(training)
-    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}.values())
+    held = int(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}.values()))
     if training.device.type == "cuda":
         before = torch.cuda.memory_allocated(training.device)
         torch.cuda.reset_peak_memory_stats(training.device)

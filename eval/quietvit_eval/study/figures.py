@@ -264,5 +264,6 @@ def _figure(name: str, title: str, caption: str, canvas: Canvas) -> Figure:
     png, svg = io.BytesIO(), io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         canvas.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+        canvas.set_layout_engine("none")  # the first has laid it out
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return Figure(name, title, caption, png.getvalue(), svg.getvalue(), for_html(svg.getvalue()))
