@@ -6,10 +6,8 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from quietvit.data.sources import Source, open_source
 from quietvit.files import write_text
 from quietvit.train.metrics import read_metrics
 from quietvit_eval.demo_scores import SHOWN, headline, rows, verdict
+from quietvit_eval.page_charts import INK, for_html, new_axes
+from quietvit_eval.pages import fill_page
 
 PER_CLASS = 3  # example pictures (ours: enough to see what a class has in common)
 
@@ -34,15 +34,12 @@ def write_report(out: Path, summary: Mapping[str, Any]) -> Path:
     seconds per stage, and where the pictures of predictions lie.
     The page is one file: styles inside, charts as SVG, pictures as PNG in base64; it asks nothing of any network.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("quietvit_eval").joinpath("templates/demo_report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
     records = read_metrics(out / "pretrain" / "metrics.jsonl")
     source = open_source("scenes", None, split="train", image_size=64, num_images=1000)
     images = summary["images"]
     path = out / "report.html"
-    html = page.render(
+    html = fill_page(
+        "demo_report",
         headline=headline(summary, records),
         verdict=verdict(summary),
         tasks=rows(summary),
@@ -133,7 +130,6 @@ HEALTH = (
         "Patch tokens of unusual norm: the artifacts that registers take in.",
     ),
 )
-INK = "#010203"  # drawn with this, shown in the page's own colour of text
 
 
 def charts(records: Records, *, prototypes: int | None) -> Iterator[Chart]:
@@ -157,11 +153,9 @@ def _prototypes(out: Path) -> int | None:
 def _svg(steps: np.ndarray, values: np.ndarray, *, limit: float | None, smooth: bool, name: str) -> str:
     """A line over steps as inline SVG. `smooth` adds a running mean over a twentieth of the run."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = new_axes("step", "", size=(3.6, 2.3))
         window = max(1, len(values) // 20)
         if smooth and window > 1:
             axes.plot(steps, values, color="#2f7fc1", alpha=0.45, linewidth=0.6)
@@ -173,27 +167,9 @@ def _svg(steps: np.ndarray, values: np.ndarray, *, limit: float | None, smooth: 
             axes.axhline(limit, color=INK, linestyle="--", linewidth=1)
         if not smooth:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step", color=INK)
-        axes.tick_params(colors=INK)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return for_html(text.getvalue())
-
-
-def for_html(svg: str) -> str:
-    """An SVG file as an element of a page: no prologue, no addresses, ids used only where something points at them."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    pointed_at = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in pointed_at else "", svg)
-    return svg.replace(INK, "currentColor")
 
 
 # ---- pictures

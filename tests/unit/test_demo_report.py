@@ -18,7 +18,7 @@ from PIL import Image
 from quietvit.backbones import make_backbone
 from quietvit.config.load import load_config, to_yaml
 from quietvit.weights import save_teacher
-from quietvit_eval import demo_report
+from quietvit_eval import demo_report, page_charts
 from quietvit_eval.demo_report import write_report
 from quietvit_eval.demo_scores import headline, rows, verdict
 
@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_from_elsewhere(out: Path) -> None:
     pointed_at = {r.removeprefix("#") for r in [*page.refers, *inside] if r.startswith("#")}
     assert pointed_at
     assert pointed_at <= set(page.ids)  # what the charts refer to was not stripped
-    assert demo_report.INK not in html  # text of the charts has the page's colour, dark or light
+    assert page_charts.INK not in html  # text of the charts has the page's colour, dark or light
     assert "prefers-color-scheme: dark" in html
 
 

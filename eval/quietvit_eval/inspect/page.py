@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from quietvit.files import write_text
 from quietvit_eval.inspect.plots import Chart
+from quietvit_eval.pages import fill_page
 
 KINDS: Mapping[str, str] = {
     "none": "no outliers",
@@ -22,11 +22,8 @@ Tree = Mapping[str, Any]
 
 def write_page(path: Path, result: Tree, charts: Sequence[Chart]) -> None:
     """Write the page, atomically: styles and pictures are inside, and it asks nothing of any network."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("quietvit_eval").joinpath("templates/inspect_artifacts.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(text).render(
+    html = fill_page(
+        "inspect_artifacts",
         overview=[overview_row(model) for model in result["models"]],
         models=[_section(model, charts) for model in result["models"]],
         together=[chart for chart in charts if chart.model is None],

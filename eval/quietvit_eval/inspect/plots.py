@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietvit.files import write_atomically
-from quietvit_eval.demo_report import INK, for_html
+from quietvit_eval.page_charts import INK, for_html, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PATCHES, CLS, REGISTERS, HIGH = "#2f7fc1", "#d0862c", "#3f9b6c", "#cf4a3f"  # ours; seen on white and on black paper
 MANY = ("#2f7fc1", "#d0862c", "#3f9b6c", "#cf4a3f", "#8a63c9", "#7d8790")  # of models
 DPI = 150
+SIZE = (4.4, 3.0)  # inches
 
 Tree = Mapping[str, Any]
 
@@ -68,7 +69,7 @@ def _norms(model: Tree) -> Chart:
     counts = np.array(model["norms"]["patches"], dtype=float)  # [L, bins]
     most = np.maximum(counts.max(axis=1, keepdims=True), 1)
     alpha = np.log1p(counts) / np.log1p(most)
-    figure, axes = _axes("block", "norm of the token")
+    figure, axes = new_axes("block", "norm of the token", size=SIZE)
     colour = np.concatenate([np.broadcast_to(to_rgb(PATCHES), (*alpha.shape, 3)), alpha[..., None]], axis=-1)
     axes.imshow(
         colour.transpose(1, 0, 2), origin="lower", aspect="auto", interpolation="nearest",
@@ -99,7 +100,7 @@ def _modes(model: Tree) -> Chart:
     block = model["probed"]["block"]
     row = [layer["block"] for layer in model["layers"]].index(block)
     edges, threshold = np.array(model["norms"]["edges"]), model["probed"]["threshold"]
-    figure, axes = _axes("norm of the token", "share of the tokens of its kind")
+    figure, axes = new_axes("norm of the token", "share of the tokens of its kind", size=SIZE)
     kinds = [("patches", PATCHES, "patches"), ("cls", CLS, "[CLS]"), ("registers", REGISTERS, "registers")]
     for kind, colour, label in kinds:
         if model["norms"][kind] is not None:
@@ -120,7 +121,7 @@ def _modes(model: Tree) -> Chart:
 
 def _map(model: Tree) -> Chart:
     share = 100 * np.array(model["places"]["share"])
-    figure, axes = _axes("", "", size=(3.9, 3.3))
+    figure, axes = new_axes("", "", size=(3.9, 3.3))
     image = axes.imshow(share, cmap="magma", vmin=0, vmax=max(float(share.max()), 1e-6), interpolation="nearest")
     axes.set_axis_off()
     bar = figure.colorbar(image, ax=axes, fraction=0.046)
@@ -135,7 +136,7 @@ def _map(model: Tree) -> Chart:
 def _neighbours(model: Tree) -> Chart:
     found, names = model["neighbours"], model["probed"]["threshold"]["names"]
     edges = np.array(found["edges"])[::4]
-    figure, axes = _axes("cosine similarity with the neighbours", "density")
+    figure, axes = new_axes("cosine similarity with the neighbours", "density", size=SIZE)
     for group, name, colour in (("high", names[0], HIGH), ("rest", names[1], PATCHES)):
         counts = np.array(found["counts"][group], dtype=float).reshape(-1, 4).sum(axis=1)
         if counts.sum():
@@ -176,7 +177,7 @@ def _over_time(model: Tree) -> list[Chart]:
     followed, gauge = model["checkpoints"], model["gauge"]
     if followed is None and (gauge is None or "steps" not in gauge):
         return []
-    figure, axes = _axes("step", "outlier share, %")
+    figure, axes = new_axes("step", "outlier share, %", size=SIZE)
     if gauge is not None and "steps" in gauge:
         shares = [np.nan if v is None else 100 * v for v in gauge["shares"]]
         axes.plot(gauge["steps"], shares, color=PATCHES, linewidth=1.4, label="while training")
@@ -190,7 +191,7 @@ def _over_time(model: Tree) -> list[Chart]:
 
 
 def _shares(models: Sequence[Tree]) -> Chart:
-    figure, axes = _axes("depth of the block, % of the network", "outlier share, %")
+    figure, axes = new_axes("depth of the block, % of the network", "outlier share, %", size=SIZE)
     for number, model in enumerate(models):
         blocks = model["shape"]["blocks"]
         at = [100 * (layer["block"] + 1) / blocks for layer in model["layers"]]
@@ -217,20 +218,6 @@ def _share(verdict: Tree) -> float:
 def _log(values: Sequence[float | None]) -> np.ndarray:
     logs: np.ndarray = np.log10(np.array([np.nan if v is None else v for v in values], dtype=float))
     return logs
-
-
-def _axes(x: str, y: str, *, size: tuple[float, float] = (4.4, 3.0)) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.tick_params(colors=INK, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return figure, axes
 
 
 def _decades(axes: Axes, edges: Sequence[float] | np.ndarray, *, along: str = "y") -> None:

@@ -62,13 +62,13 @@ def _losses(run: RunFolder) -> Iterator[Chart | None]:
 def _learning(run: RunFolder) -> Iterator[Chart | None]:
     steps, values = run.series("health/knn")
     start = [("before training", float(values[0]))] if len(steps) > 1 and steps[0] == 0 else []
-    yield _draw(
-        run,
+    yield draw(
         "k-NN, %",
         "Held-out pictures that their nearest neighbours name rightly, through the teacher. Should rise.",
         [Line("k-NN", steps, values)],
         limits=start,
         unit=" %",
+        steps=run.step,
     )
     below = run.columns("guard/knn_below_start")
     if below:
@@ -93,14 +93,14 @@ def _learning(run: RunFolder) -> Iterator[Chart | None]:
         Line("of the mean target", *run.series("health/teacher/mean_entropy")),
     ]
     prototypes = None if run.config is None else run.config.objective.head.num_prototypes
-    yield _draw(
-        run,
+    yield draw(
         "Entropy of the teacher, nats",
         "One target should lie well below the greatest possible value (dashed), else nothing "
         "is told; the mean of all targets close to it, else few prototypes are in use.",
         entropies,
         limits=[("ln K", math.log(prototypes))] if prototypes else [],
         from_zero=True,
+        steps=run.step,
     )
     yield _one(
         run,
@@ -117,13 +117,13 @@ def _artifacts(run: RunFolder) -> Iterator[Chart | None]:
         Line("block with most", *_percent(run.series("artifacts/max_share"))),
     ]
     looked = [Line("last block", *_percent(run.series("health/outlier_share")))]
-    yield _draw(
-        run,
+    yield draw(
         "Artifacts, % of patch tokens",
         "Patch tokens whose norm forms a second, higher mode. Should stay at 0.",
         shares if len(shares[0].steps) else looked,
         from_zero=True,
         unit=" %",
+        steps=run.step,
     )
     keys = sorted(run.columns("artifacts/share/"))
     if keys:
@@ -143,24 +143,24 @@ def _artifacts(run: RunFolder) -> Iterator[Chart | None]:
     if blocks:
         names = {"patches": "median", "CLS": "cls", "registers": "registers"}
         lines = [Line(name, *run.series(f"artifacts/{key}/{blocks[-1]}")) for name, key in names.items()]
-        yield _draw(
-            run,
+        yield draw(
             "Norms after the last block",
             "Medians. Registers far above the patches are where the model keeps what would else become artifacts.",
             lines,
             from_zero=True,
+            steps=run.step,
         )
 
 
 def _speed(run: RunFolder) -> Iterator[Chart | None]:
     yield _one(run, "images_per_s", "Images a second", "Over the last 50 steps.", from_zero=True)
-    yield _draw(
-        run,
+    yield draw(
         "Waiting for data, % of the time",
         "Above 30 %: more workers, or smaller files.",
         [Line("waiting", *_percent(run.series("data_wait")))],
         from_zero=True,
         unit=" %",
+        steps=run.step,
     )
 
 
@@ -175,8 +175,7 @@ def _schedules(run: RunFolder) -> Iterator[Chart | None]:
     clip = run.config.optim.clip if run.config is not None else 0
     # A level far above all values would flatten them.
     near = 0 < clip <= 3 * np.nanmax(values, initial=0.0)
-    yield _draw(
-        run,
+    yield draw(
         "Gradient norms",
         "Before they are cut down to the dashed level."
         if near
@@ -184,34 +183,21 @@ def _schedules(run: RunFolder) -> Iterator[Chart | None]:
         lines,
         limits=[("clip", clip)] if near else [],
         from_zero=True,
+        steps=run.step,
     )
     factor = run.series("guard/lr_factor")
     if len(factor[1]) and np.nanmin(factor[1]) < 1:
-        yield _draw(
-            run,
+        yield draw(
             "The guard's factor on the learning rate",
             "Lowered at each rewind.",
             [Line("factor", *factor)],
             from_zero=True,
+            steps=run.step,
         )
 
 
-def _draw(
-    run: RunFolder,
-    title: str,
-    caption: str,
-    lines: Sequence[Line],
-    *,
-    limits: Sequence[tuple[str, float]] = (),
-    from_zero: bool = False,
-    unit: str = "",
-) -> Chart | None:
-    """As `draw`, along all steps of the run so far."""
-    return draw(title, caption, lines, limits=limits, from_zero=from_zero, unit=unit, steps=run.step)
-
-
 def _one(run: RunFolder, key: str, title: str, caption: str, *, from_zero: bool = False) -> Chart | None:
-    return _draw(run, title, caption, [Line(title, *run.series(key))], from_zero=from_zero)
+    return draw(title, caption, [Line(title, *run.series(key))], from_zero=from_zero, steps=run.step)
 
 
 def _percent(series: tuple[Values, Values]) -> tuple[Values, Values]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import quietvit
 from quietvit.data.sources import open_source
 from quietvit.files import write_text
 from quietvit.weights.extractor import load
+from quietvit_eval.pages import fill_page
 from quietvit_eval.run_report import sections
 from quietvit_eval.run_report.charts import groups
 from quietvit_eval.run_report.findings import find
@@ -35,18 +35,12 @@ def write_run_report(
     Raises ValueError if `run_dir` is no run folder, `out` is no .html file or there are too many images; OSError as the
     file system does.
     """
-    from jinja2 import Environment, StrictUndefined
-
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{out} is no name of a page: it must end in .html")
     if not 0 <= images <= MOST_IMAGES:
         raise ValueError(f"{images} images: from 0 to {MOST_IMAGES}, so that the page stays small")
     run = read_run_folder(run_dir, state)
-    text = resources.files("quietvit_eval").joinpath("templates/run_report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
-    )
-    html = page.render(**_contents(run, images, console))
+    html = fill_page("run_report", **_contents(run, images, console))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
     return out

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietvit.files import write_atomically, write_text
-from quietvit_eval.demo_report import INK, for_html
 from quietvit_eval.inspect.layers import SHOWN_PER_OCTAVE
 from quietvit_eval.inspect.plots import CLS, HIGH, PATCHES, REGISTERS
+from quietvit_eval.page_charts import INK, for_html, new_axes
 from quietvit_eval.report import unit_of
 from quietvit_eval.study.results import Cell, Entry, Measure
 
@@ -91,7 +91,7 @@ def norm_figures(entries: Sequence[Entry]) -> list[Figure]:
     registers = {entry.arm: entry.registers for entry in entries}
     figures = []
     for number, (arm, histogram) in enumerate(histograms.items()):
-        canvas, axes = _axes("norm of the token", "share of its kind")
+        canvas, axes = new_axes("norm of the token", "share of its kind", size=SIZE)
         edges = (histogram.first + np.arange(len(histogram.patches) + 1)) / SHOWN_PER_OCTAVE
         kinds = (("patches", PATCHES, "patches"), ("cls", CLS, "[CLS]"), ("registers", REGISTERS, "registers"))
         for kind, colour, label in kinds:
@@ -130,7 +130,7 @@ def score_figures(measures: Sequence[Measure]) -> list[tuple[Figure, Figure | No
 def _scores(measure: Measure, number: int) -> Figure:
     unit = unit_of(measure.score)
     cells = [c for c in measure.cells if c.registers is not None]
-    canvas, axes = _axes("registers", _unit_title(measure))
+    canvas, axes = new_axes("registers", _unit_title(measure), size=SIZE)
     at = np.arange(len(cells))
     for place, seed in enumerate(sorted({s for c in cells for s in c.by_seed})):
         values = [unit.factor * c.by_seed.get(seed, np.nan) for c in cells]
@@ -154,7 +154,7 @@ def _differences(measure: Measure, number: int) -> Figure | None:
     if not cells:
         return None
     name = "points" if unit.name == "%" else unit.name
-    canvas, axes = _axes("registers", f"difference to none{f', {name}' if name else ''}")
+    canvas, axes = new_axes("registers", f"difference to none{f', {name}' if name else ''}", size=SIZE)
     at = np.arange(len(cells))
     for place, seed in enumerate(sorted({s for c in measure.cells for s in c.by_seed})):
         values = [unit.factor * c.differences.get(seed, np.nan) for c in cells]
@@ -206,7 +206,7 @@ def cost_figure(cost: Tree) -> Figure:
     """Multiply-adds and, where steps were timed, their seconds and memory, over those without registers."""
     rows = cost["counts"]
     at = [row["registers"] for row in rows]
-    canvas, axes = _axes("registers", "times none")
+    canvas, axes = new_axes("registers", "times none", size=SIZE)
     axes.plot(at, [r["macs_over_0"] for r in rows], color=PATCHES, marker="o", markersize=4, label="MACs, image")
     axes.plot(at, [r["formula_over_0"] for r in rows], color=INK, linestyle=":", linewidth=1.2, label="the formula")
     axes.plot(at, [r["train_macs_over_0"] for r in rows], color=CLS, marker="o", markersize=4, label="MACs, step")
@@ -238,20 +238,6 @@ def _slug(arm: str, number: int) -> str:
 
 def _arm_title(arm: str, registers: int | None) -> str:
     return arm if registers is None else f"{registers} register{'s' if registers != 1 else ''}"
-
-
-def _axes(x: str, y: str) -> tuple[Canvas, Axes]:
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=SIZE, layout="constrained")
-    axes = canvas.add_subplot()
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.tick_params(colors=INK, which="both")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return canvas, axes
 
 
 def _legend(axes: Axes) -> None:

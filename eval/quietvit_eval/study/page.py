@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from quietvit.files import write_text
 from quietvit_eval.inspect.grids import heat
+from quietvit_eval.pages import fill_page
 from quietvit_eval.report import unit_of
 from quietvit_eval.study.figures import Figure
 from quietvit_eval.study.intervals import Interval
@@ -46,13 +46,10 @@ class Content:
 
 def write_page(path: Path, content: Content) -> None:
     """Write the page, atomically: styles and pictures are inside, and it asks nothing of any network."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("quietvit_eval").joinpath("templates/study.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     study, runs = content.study, [e for e in content.entries if e.registers is not None]
     retrofits = [e for e in content.entries if e.registers is None]
-    html = page.from_string(text).render(
+    html = fill_page(
+        "study",
         headline=content.sentences[0],
         sentences=content.sentences[1:],
         counts=", ".join(str(c) for c in study["registers"]),
