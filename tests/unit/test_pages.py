@@ -72,7 +72,7 @@ def test_contents_that_are_missing_are_an_error() -> None:
 def test_the_parts_escape_text_but_not_charts() -> None:
     environment = jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True)
     parts = environment.get_template("parts.html").module
-    facts = str(parts.facts([("<i>", "<b>")]))  # type: ignore[attr-defined]
+    facts = str(parts.facts_table([("<i>", "<b>")]))  # type: ignore[attr-defined]
     assert "&lt;i&gt;" in facts
     assert "<b>" not in facts
     figure = str(parts.chart_figure("<svg></svg>", "<i>", "<u>"))  # type: ignore[attr-defined]
