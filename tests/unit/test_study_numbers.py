@@ -22,7 +22,7 @@ from quietvit_eval.study import plan
 from quietvit_eval.study.cost import LiveTensors, counted, formula_ratio, measured, noted_speed
 from quietvit_eval.study.figures import pooled
 from quietvit_eval.study.intervals import paired, t_factor, t_interval
-from quietvit_eval.study.reading import about_cost, about_norms, about_seeds, claim, reading
+from quietvit_eval.study.reading import about_cost, about_norms, about_registers, about_seeds, claim, reading
 from quietvit_eval.study.results import Entry, Measure, Norms, measures_of, norms_of
 from tiny_run import RECIPE, make_images
 
@@ -215,16 +215,28 @@ def test_share_of_artifacts_is_that_of_models_that_have_them() -> None:
     assert "3.00 % of the patch tokens" in " ".join(about_norms([norms(0, outliers=1, none=1)]))
 
 
+def test_registers_that_have_not_parted_are_said() -> None:
+    alike = [replace(norms(4, none=2), alike=0.999), replace(norms(8, none=2), alike=0.97)]
+    assert "correlation of their attention maps 0.970 to 0.999" in "".join(about_registers(alike))
+    parted = "".join(about_registers([*alike, replace(norms(16, none=2), alike=0.3)]))
+    assert "copies" not in parted
+    assert "0.300 to 0.999" in parted
+    assert list(about_registers([norms(0, none=2), norms(1, none=2)])) == []
+
+
 def look(kind: str, share: float, norm: float) -> dict[str, Any]:
     spread = {"median": norm}
     layer = {"patches": {"median": norm, "max_over_median": 2.0}, "cls": spread, "registers": [spread, {"median": 3.0}]}
-    return {"decision": {"kind": kind, "share": share}, "layers": [layer]}
+    return {"decision": {"kind": kind, "share": share}, "layers": [layer], "attention": {"registers_alike": share}}
 
 
 def test_norms_are_means_over_models() -> None:
-    table = [Entry("4", 4, s, "r", look("none", 0.0, 1.0 + s), ()) for s in (0, 1)] + [Entry("8", 8, 0, "r", None, ())]
+    table = [Entry("4", 4, s, "r", look("none", 0.5 + s / 4, 1.0 + s), ()) for s in (0, 1)] + [
+        Entry("8", 8, 0, "r", None, ())
+    ]
     (row,) = norms_of(table)
     assert (row.models, row.kinds, row.median, row.register) == (2, {"none": 2}, 1.5, 2.25)
+    assert (row.shares, row.alike) == ((0.5, 0.75), 0.625)
 
 
 def test_histograms_are_added_bin_by_bin() -> None:

@@ -60,7 +60,7 @@ def write_page(path: Path, content: Content) -> None:
         norms=[norm_row(row) for row in content.norms],
         attention=attention_rows(runs),
         registers=list(register_maps(runs)),
-        mass=mass_rows(runs),
+        mass=mass_rows(runs, content.norms),
         looked=_looked(content.entries),
         scores=[
             {"figures": [f for f in figures if f is not None], **score_table(measure)}
@@ -127,7 +127,7 @@ def register_maps(runs: Sequence[Entry]) -> Iterator[dict[str, Any]]:
             }
 
 
-def mass_rows(runs: Sequence[Entry]) -> list[dict[str, str]]:
+def mass_rows(runs: Sequence[Entry], norms: Sequence[Norms]) -> list[dict[str, str]]:
     """Where the attention of [CLS] and of registers lies, mean over seeds, registers, heads and images."""
     rows = []
     for arm in dict.fromkeys(e.arm for e in runs):
@@ -136,10 +136,9 @@ def mass_rows(runs: Sequence[Entry]) -> list[dict[str, str]]:
             continue
         cls = np.mean([m[0] for m in masses], axis=0)
         register = np.mean([m[1:].mean(0) for m in masses], axis=0) if masses[0].shape[0] > 1 else None
-        alike = [e.look["attention"]["registers_alike"] for e in runs if e.arm == arm and e.look is not None]
-        known = [value for value in alike if value is not None]
+        alike = next((row.alike for row in norms if row.arm == arm), None)
         row = {"arm": arm, **_shares("cls", cls), **_shares("register", register)}
-        rows.append({**row, "alike": f"{np.mean(known):.2f}" if known else "-"})
+        rows.append({**row, "alike": _number(alike, 3)})
     return rows
 
 
@@ -307,9 +306,11 @@ def _model_row(entry: Entry) -> dict[str, str]:
 def _facts(study: Tree) -> list[tuple[str, str]]:
     settings, environment = study["settings"], study["environment"]
     model = settings["model.size"] or f"{settings['model.embed_dim']} x {settings['model.depth']}"
+    named = f"{settings['model.backbone']} {model}, patch {settings['model.patch_size']}"
+    begins = settings["init.from"]
     return [
         ("recipe", str(study["recipe"])),
-        ("model", f"{settings['model.backbone']} {model}, patch {settings['model.patch_size']}"),
+        ("model", named if begins is None else f"begun with {Path(begins).name}"),
         ("training", f"{study['steps']} steps of {settings['train.batch_size']} images of {study['data']}"),
         ("versions", f"quietvit {environment['quietvit']}, torch {environment['torch']}, {study['created']}"),
     ]

@@ -10,6 +10,7 @@ from quietvit_eval.study.intervals import t_factor
 from quietvit_eval.study.results import Cell, Measure, Norms, number_of_comparisons
 
 Tree = Mapping[str, Any]
+ALIKE = 0.95  # correlation of maps from which registers are said not to have parted (ours)
 FEW_SEEDS = 5  # below it the width of t intervals is said (ours: t is 2.8 there, 4.3 with 3 seeds)
 
 
@@ -19,6 +20,7 @@ def reading(
     """All sentences: artifacts, scores, how sure they are, cost, and what is missing."""
     return [
         *about_norms(norms),
+        *about_registers(norms),
         *about_scores(measures),
         *about_retrofits(norms, measures),
         *about_seeds(measures, seeds),
@@ -98,6 +100,22 @@ def _count(rows: Sequence[Norms]) -> str:
 def _numbers(values: Sequence[int]) -> str:
     words = [str(v) for v in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def about_registers(norms: Sequence[Norms]) -> Iterator[str]:
+    """Whether the registers of a model look at different places."""
+    known = [(row.registers, row.alike) for row in norms if row.registers and row.alike is not None]
+    if not known:
+        return
+    low, high = min(a for _, a in known), max(a for _, a in known)
+    between = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+    if low >= ALIKE:
+        yield (
+            f"The registers of a model all look at the same places (correlation of their attention maps {between}): at "
+            "this length they have not parted, so that more of them are copies of one."
+        )
+    else:
+        yield f"Correlation of the attention maps of two registers of a model: {between}, by their number."
 
 
 # ---- scores

@@ -144,6 +144,7 @@ class Norms:
     max_over_median: float | None
     cls: float | None
     register: float | None  # median norm of a register, mean over registers and models
+    alike: float | None = None  # correlation of the attention maps of two registers, mean over pairs and models
 
 
 def norms_of(entries: Sequence[Entry]) -> list[Norms]:
@@ -165,6 +166,7 @@ def norms_of(entries: Sequence[Entry]) -> list[Norms]:
                 _mean(layer["patches"]["max_over_median"] for layer in last),
                 _mean(layer["cls"]["median"] for layer in last),
                 _mean(one["median"] for layer in last for one in layer["registers"]),
+                _mean(look["attention"]["registers_alike"] for look in looks),
             )
         )  # fmt: skip
     return rows
