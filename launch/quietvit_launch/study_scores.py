@@ -14,7 +14,6 @@ from quietvit_launch.evaluation import TASK_TARGETS, make_plan
 
 DEFAULT = "knn,linear"
 NOTHING = "none"
-DONE = "done.json"  # beside the cards of an evaluation that came to its end
 OURS = ("--model", "--out")
 
 
@@ -85,6 +84,8 @@ def evaluate_once(words: tuple[str, ...], model: Path, weights: str, folder: Pat
     The folder's name holds a hash of the arguments and of the weights, so that what is there fits both.
     """
     key = hashlib.sha256(json.dumps([words, weights]).encode()).hexdigest()[:8]
+    from quietvit_eval.study.results import DONE
+
     cards = folder / f"{words[0].replace('/', '_')}-{key}"
     if (cards / DONE).is_file():
         return cards, 0

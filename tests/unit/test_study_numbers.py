@@ -141,8 +141,9 @@ def test_a_tie_claims_nothing() -> None:
     said = claim(found)
     assert "no number of registers differs from none beyond the spread of the seeds" in said
     assert "clearly" not in said
-    widest = max(c.difference.half_width or 0 for c in found.cells if c.difference is not None)
-    assert f"differences below {100 * widest:.1f} points could not have been seen" in said
+    widths = [100 * (c.difference.half_width or 0) for c in found.cells if c.difference is not None]
+    below = f"{min(widths):.1f} to {max(widths):.1f} points"
+    assert f"differences below {below}, by number, could not have been seen" in said
     assert said.endswith("which is no proof that it is the best count.")
 
 
@@ -170,7 +171,9 @@ def test_one_seed_and_no_base_say_so() -> None:
 def test_training_that_did_not_help_is_said() -> None:
     found = measures_of(entries(TIE, control=0.34))
     said = reading([], found, None, [], 2)
-    assert any("only 2 of 6 trained models are better than the same network before training" in s for s in said)
+    assert any("2 of 6 trained models are better than the same network before training: differences" in s for s in said)
+    mostly = reading([], measures_of(entries(TIE, control=0.305)), None, [], 2)
+    assert any("5 of 6 trained models are better than the same network before training." in s for s in mostly)
     assert not any("before training" in s for s in reading([], measures_of(entries(TIE, control=0.1)), None, [], 2))
 
 
@@ -221,6 +224,9 @@ def test_registers_that_have_not_parted_are_said() -> None:
     parted = "".join(about_registers([*alike, replace(norms(16, none=2), alike=0.3)]))
     assert "copies" not in parted
     assert "0.300 to 0.999" in parted
+    assert "maps 1.000)" in "".join(
+        about_registers([replace(norms(4, none=2), alike=0.9999), replace(norms(8, none=2), alike=1)])
+    )
     assert list(about_registers([norms(0, none=2), norms(1, none=2)])) == []
 
 

@@ -177,7 +177,7 @@ def _peak(training: Training, batch: Batch) -> int:
         return held + int(torch.cuda.max_memory_allocated(training.device)) - before
     with LiveTensors(own) as live:
         _advance(training, 1, batch)
-    return held + live.peak
+    return held + int(live.peak)
 
 
 def _resident(training: Training) -> list[Tensor]:
@@ -193,7 +193,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now: int = 0
+        self.peak: int = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -139,7 +139,7 @@ def _scores(measure: Measure, number: int) -> Figure:
     control = [v for by_seed in measure.control.values() for v in by_seed.values()]
     if control:
         axes.axhline(unit.factor * float(np.mean(control)), color=HIGH, linestyle=":", linewidth=1.2,
-                     label="before training, mean")  # fmt: skip
+                     label="before training")  # fmt: skip
     _registers_axis(axes, cells)
     _legend(axes)
     better = "Higher" if measure.higher_is_better else "Lower"
@@ -241,7 +241,8 @@ def _arm_title(arm: str, registers: int | None) -> str:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    """Above the axes, where no interval runs through it."""
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _figure(name: str, title: str, caption: str, canvas: Canvas) -> Figure:

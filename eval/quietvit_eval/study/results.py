@@ -12,6 +12,7 @@ from quietvit_eval.report import unit_of
 from quietvit_eval.study.intervals import Interval, paired, t_interval
 
 CONTROL = "random-init"
+DONE = "done.json"  # beside the cards of an evaluation that came to its end
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Measure:
 
 
 def read_cards(folders: Iterable[Path]) -> tuple[Card, ...]:
-    """All cards in some folders. Raises ValueError for a broken one."""
-    files = sorted(file for folder in folders for file in folder.glob("*.json") if not file.name.startswith("done"))
+    """All cards in some folders, those of the first before those of the second. Raises ValueError for a broken one."""
+    files = [file for folder in folders for file in sorted(folder.glob("*.json")) if file.name != DONE]
     return tuple(read_card(file) for file in files)
 
 
