@@ -150,7 +150,7 @@ def test_a_test_set_of_fewer_classes_is_answered_with_these_alone() -> None:
     [
         (8, {"data_spec": (Tinted("train", 5), Tinted("val", 5))}, "tells 8 classes apart, but the data have 5"),
         (0, {}, "head that came with a model's weights, and this model has none: knn and linear score its features"),
-        (8, {"pixels": True}, "raw pixels are a control of knn, linear only"),
+        (8, {"pixels": True}, "raw pixels are a control of discovery, knn, linear only"),
         (8, {"options": {"classifier": {"temp": 1}}}, "task classifier has no option 'temp'"),
     ],
 )
